@@ -1,0 +1,70 @@
+"""Case: what was asked. Reading prompts from text, JSONL; batching and repeating into groups."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One request; it owns its seed, so its image does not depend on its neighbours in a batch."""
+
+    prompt: str
+    seed: int = 0
+    source: Image.Image | None = None  # the image to edit
+    control: Image.Image | None = None  # the condition a ControlNet reads
+    reference: Image.Image | None = None  # what a reward may compare with
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_seed(self, seed: int) -> Case:
+        return replace(self, seed=seed)
+
+
+def read_cases(path: str | Path, *, seed: int = 0) -> list[Case]:
+    """Cases from a text file (one prompt a line) or JSONL (`prompt`, optional `seed`, `metadata`); line k gets seed + k."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"cannot read prompts from '{path}': {e}. Give a .txt (one prompt a line) or .jsonl file.") from e
+    cases = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            cases.append(_parse(line, path, number, seed + len(cases)))
+    if not cases:
+        raise ConfigError(f"'{path}' holds no prompt. Put one prompt on each line.")
+    return cases
+
+
+def _parse(line: str, path: Path, number: int, seed: int) -> Case:
+    if path.suffix not in (".jsonl", ".ndjson"):
+        return Case(prompt=line.strip(), seed=seed)
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{path}:{number} is not JSON ({e}). Each line of a .jsonl file is one object with a 'prompt'.") from e
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ConfigError(f"{path}:{number} has no text under 'prompt': {line[:80]}")
+    known = {"prompt", "seed", "metadata"}
+    extra = {k: v for k, v in row.items() if k not in known}
+    return Case(prompt=row["prompt"], seed=int(row.get("seed", seed)), metadata={**extra, **row.get("metadata", {})})
+
+
+def batched(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
+    """Consecutive chunks of at most `size`."""
+    for start in range(0, len(cases), size):
+        yield list(cases[start : start + size])
+
+
+def repeat(cases: Sequence[Case], times: int) -> list[Case]:
+    """Each case `times` in a row, with seeds seed, seed + 1, ...; candidate 0 keeps the case's own seed."""
+    return [case.with_seed(case.seed + k) for case in cases for k in range(times)]
