@@ -1,0 +1,185 @@
+"""A content-addressed store of scores in one SQLite file, safe under several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import sqlite3
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign.cases import Case
+from diffalign.errors import OutputError
+
+Row = tuple[float, dict[str, float]]  # total, parts
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS scores_1 (key TEXT PRIMARY KEY, total REAL NOT NULL, parts TEXT NOT NULL) WITHOUT ROWID"
+)
+
+
+class ScoreCache:
+    """Scores by the hash of everything they depend on; a file it cannot read is set aside and replaced."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise OutputError(
+                f"cannot make the folder of the score cache '{self.path}': {e}. Give another path."
+            ) from e
+
+    def lookup(self, keys: Sequence[str | None]) -> list[Row | None]:
+        """The stored row of each key; None where there is none, or where the key is None."""
+        with self._open() as db:
+            return [self._read(db, key) if key else None for key in keys]
+        return [None] * len(keys)  # the file was replaced under the read
+
+    def store(self, keys: Sequence[str | None], rows: Sequence[Row]) -> None:
+        """Keep rows in one transaction; rows without a key and invalid rows are left out."""
+        found = [(k, t, json.dumps(p)) for k, (t, p) in zip(keys, rows, strict=True) if k and np.isfinite(t)]
+        if found:
+            with self._open() as db, db:
+                db.executemany("INSERT OR REPLACE INTO scores_1 VALUES (?, ?, ?)", found)
+
+    def __len__(self) -> int:
+        with self._open() as db:
+            return int(db.execute("SELECT count(*) FROM scores_1").fetchone()[0])
+        return 0
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """One connection per use: nothing to share across threads or a fork."""
+        try:
+            with contextlib.closing(self._connect()) as db:
+                yield db
+        except sqlite3.OperationalError as e:
+            raise OutputError(
+                f"cannot use the score cache '{self.path}': {e}. Give another path, or run without a cache."
+            ) from e
+        except sqlite3.DatabaseError as e:
+            self._set_aside(e)
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=60.0)
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=NORMAL")
+            db.execute(_TABLE)
+            return db
+        except sqlite3.OperationalError:
+            db.close()
+            raise
+        except sqlite3.DatabaseError as e:
+            db.close()
+            self._set_aside(e)
+        return self._connect()
+
+    def _read(self, db: sqlite3.Connection, key: str) -> Row | None:
+        found = db.execute("SELECT total, parts FROM scores_1 WHERE key = ?", (key,)).fetchone()
+        return (float(found[0]), json.loads(found[1])) if found else None
+
+    def _set_aside(self, error: Exception) -> None:
+        aside = self.path.with_name(self.path.name + ".unreadable")
+        try:
+            self.path.replace(aside)
+            for suffix in ("-wal", "-shm"):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        except FileNotFoundError:
+            return  # another process was faster
+        except OSError as e:
+            raise OutputError(f"the score cache '{self.path}' is unreadable ({error}) and cannot be moved: {e}.") from e
+        warnings.warn(
+            f"the score cache '{self.path}' is unreadable ({error}); it is now '{aside.name}', and a new one starts.",
+            stacklevel=2,
+        )
+
+
+def keys_of(reward: Any, media: Tensor, cases: Sequence[Case]) -> list[str | None]:
+    """One key per row (B,), None where the row must not be cached."""
+    identity = identity_of(reward)
+    if identity is None:
+        return [None] * len(cases)
+    rows = media.detach().cpu().contiguous()
+    return [_key(identity, row, case) for row, case in zip(rows, cases, strict=True)]
+
+
+def identity_of(reward: Any) -> str | None:
+    """Name, version and options of a reward, or None if scores of it cannot be told apart from those of another."""
+    version = getattr(reward, "version", None)
+    options = _options(reward)
+    if version is None or options is None:
+        return None
+    with contextlib.suppress(TypeError):
+        target = getattr(reward, "function", reward)
+        kind = target if inspect.isfunction(target) else type(target)
+        return _canonical(
+            [
+                reward.name,
+                f"{kind.__module__}.{kind.__qualname__}",
+                version,
+                options,
+                str(getattr(reward, "dtype", None)),
+            ]
+        )
+    return None
+
+
+def _options(reward: Any) -> Mapping[str, Any] | None:
+    if dataclasses.is_dataclass(reward) and not isinstance(reward, type):
+        return {f.name: getattr(reward, f.name) for f in dataclasses.fields(reward)}
+    options = getattr(reward, "options", None)
+    if options is None and (inspect.isfunction(reward) or type(reward).__init__ is object.__init__):
+        return {}
+    return options if isinstance(options, Mapping) else None
+
+
+def _key(identity: str, row: Tensor, case: Case) -> str | None:
+    try:
+        asked = _canonical([case.prompt, case.source, case.control, case.reference, case.metadata])
+    except TypeError:
+        return None
+    return hashlib.sha256(f"{identity}\n{_digest(row)}\n{asked}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(_encode(value), sort_keys=True)
+
+
+def _encode(value: Any) -> Any:
+    """JSON in which different values stay different; TypeError for what has no content to hash."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {"map": sorted(([_encode(k), _encode(v)] for k, v in value.items()), key=json.dumps)}
+    if isinstance(value, list | tuple):
+        return [type(value).__name__, [_encode(v) for v in value]]
+    if isinstance(value, Tensor):
+        return {"tensor": _digest(value.detach().cpu().contiguous())}
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return {"array": _hash(value.tobytes(), value.shape, str(value.dtype))}
+    if isinstance(value, Image.Image):
+        return {"image": _hash(value.tobytes(), value.size, value.mode + repr(value.getpalette()))}
+    if isinstance(value, bytes | Path | torch.dtype):
+        return {type(value).__name__: repr(value)}
+    raise TypeError(type(value).__name__)
+
+
+def _digest(row: Tensor) -> str:
+    return _hash(
+        row.flatten().view(torch.uint8).numpy().tobytes() if row.numel() else b"", tuple(row.shape), str(row.dtype)
+    )
+
+
+def _hash(content: bytes, shape: Sequence[int], kind: str) -> str:
+    return hashlib.sha256(f"{tuple(shape)} {kind}\n".encode() + content).hexdigest()
