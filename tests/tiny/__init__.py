@@ -8,10 +8,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from . import dits, unets
+from . import dits, unets, videos
 from .family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for file in (unets, dits) for family in file.families()}
+FAMILIES: dict[str, Family] = {family.name: family for file in (unets, dits, videos) for family in file.families()}
 
 
 def build(name: str) -> DiffusionPipeline:

@@ -17,6 +17,7 @@ from .text import (
     clip_tokenizer,
     gemma,
     gemma_tokenizer,
+    glm,
     qwen3,
     qwen_processor,
     qwen_tokenizer,
@@ -177,6 +178,16 @@ def z_image() -> DiffusionPipeline:
     return assemble(diffusers.ZImagePipeline, **parts, transformer=transformer, scheduler=flow(shift=3.0))
 
 
+def cogview4() -> DiffusionPipeline:
+    """A CogView 4 pipeline with size embeddings beside the text."""
+    sizes = HEADS | {"in_channels": 4, "out_channels": 4, "text_embed_dim": WIDTH, "sample_size": 8}
+    more = {"time_embed_dim": 16, "condition_dim": 4, "pos_embed_max_size": 8, "rope_axes_dim": (8, 8)}
+    parts = {"transformer": loud(diffusers.CogView4Transformer2DModel, **sizes, **DEEP, **more)}
+    parts |= {"text_encoder": glm(), "tokenizer": gemma_tokenizer(), "vae": vae(**SHIFTED)}
+    shift = flow(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear")
+    return assemble(diffusers.CogView4Pipeline, **parts, scheduler=shift)
+
+
 def hunyuan_dit() -> DiffusionPipeline:
     """A Hunyuan-DiT pipeline, bilingual through BERT and T5."""
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "hidden_size": 16, "num_layers": 2, "patch_size": 2}
@@ -223,6 +234,12 @@ def families() -> list[Family]:
         Family("pixart_alpha", partial(pixart, diffusers.PixArtAlphaPipeline), asking(**plain)),
         Family("sana", partial(sana, diffusers.SanaPipeline, sana_solver), asking(32, **brief)),
         Family("sana_flow", partial(sana, diffusers.SanaPipeline, flow), asking(32, **brief)),
+        Family(
+            "sana_sprint",
+            partial(sana, diffusers.SanaSprintPipeline, diffusers.SCMScheduler, guidance_embeds=True),
+            asking(32, **brief, negative=False, intermediate_timesteps=None),
+        ),
+        Family("cogview4", cogview4, asking(**short)),
         Family("qwen_image", partial(qwen, diffusers.QwenImagePipeline, 2), asking(guidance="true_cfg_scale")),
         Family(
             "qwen_image_edit",

@@ -82,12 +82,15 @@ def pictures(batch: int, size: int = 16) -> list[Image.Image]:
     return [Image.fromarray((c * 255).byte().numpy()).resize((size, size), Image.Resampling.NEAREST) for c in colours]
 
 
-def asking(size: int = 16, guidance: str = "guidance_scale", **extra: Any) -> Callable[[int], dict[str, Any]]:
-    """The usual call: prompts, negative prompts, guidance and four steps at a small size."""
+def asking(
+    size: int = 16, guidance: str = "guidance_scale", negative: bool = True, **extra: Any
+) -> Callable[[int], dict[str, Any]]:
+    """The usual call: prompts, negative prompts where the class takes them, guidance and four steps at a small size."""
 
     def call(batch: int) -> dict[str, Any]:
-        usual = {"prompt": prompts(batch), "negative_prompt": ["blurry"] * batch, guidance: 3.0}
-        return usual | {"num_inference_steps": 4, "height": size, "width": size} | extra
+        against = {"negative_prompt": ["blurry"] * batch} if negative else {}
+        usual = {"prompt": prompts(batch), guidance: 3.0, "num_inference_steps": 4, "height": size, "width": size}
+        return usual | against | extra
 
     return call
 

@@ -17,6 +17,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    GlmConfig,
+    GlmModel,
     LlamaConfig,
     LlamaModel,
     LlamaTokenizer,
@@ -119,6 +121,11 @@ def umt5(width: int = 32) -> UMT5EncoderModel:
 
 def gemma() -> Gemma2Model:
     return seeded(Gemma2Model, Gemma2Config(**sizes(), num_key_value_heads=1, head_dim=8, vocab_size=len(LETTERS) + 5))
+
+
+def glm() -> GlmModel:
+    config = sizes(num_key_value_heads=1, head_dim=8, vocab_size=len(LETTERS) + 5, pad_token_id=0)
+    return seeded(GlmModel, GlmConfig(**config))
 
 
 def llama() -> LlamaModel:

@@ -98,7 +98,7 @@ def families() -> list[Family]:
         Family(
             "latent_consistency",
             partial(stable, diffusers.LatentConsistencyModelPipeline, "lcm", unet=partial(unet, time_cond_proj_dim=8)),
-            asking(),
+            asking(negative=False),
         ),
         Family("sd_pag", partial(stable, diffusers.StableDiffusionPAGPipeline, unet=unet), asking()),
     ]
