@@ -20,7 +20,7 @@ from diffalign.errors import ConfigError
 
 
 def weights(pool: int, n: int) -> Tensor:
-    """Weights (M,) that turn the ascending order statistics of a pool of M into the unbiased E[max of n], in float64."""
+    """Weights (M,) that turn a pool ascending into the unbiased E[max of n], in float64."""
     _check_n(n, pool)
     rank = torch.arange(n, pool, dtype=torch.float64)  # i = n .. M-1; w_i = w_{i+1} (i - n + 1) / i
     ladder = torch.cat([torch.tensor([n / pool], dtype=torch.float64), ((rank - n + 1) / rank).flip(0)]).cumprod(0)
@@ -91,7 +91,7 @@ def wins(rewards: Tensor, others: Tensor) -> float:
 
 
 def calibrate(rewards: Tensor, pool: Tensor, *, smooth: bool = False) -> Tensor:
-    """Mid-rank in [0, 1] of each reward among a reference pool (K,); `smooth`: (rank + .5) / (K + 1), strictly inside."""
+    """Mid-rank in [0, 1] of each reward in a reference pool (K,); `smooth`: (rank + .5) / (K + 1), strictly inside."""
     if len(pool) == 0:
         raise ConfigError("calibration needs at least one reference reward, but the pool is empty")
     ladder = pool.double().sort().values

@@ -1,0 +1,119 @@
+"""A stock call seen as cases: who asks for what, from which seed, and how to ask again with other noise."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffalign import media
+from diffalign.cases import Case
+from diffalign.errors import ConfigError
+
+ROW_STRIDE = 1 << 20  # between the seeds of rows that share one generator; more candidates than this are never drawn
+
+
+@dataclass
+class Request:
+    """The arguments of one stock call and the cases they stand for.
+
+    Candidate k of a case is drawn from seed `case.seed + k`, on a generator of its own, so it does not depend on its
+    neighbours. Candidates of the first call are the stock images: they get the caller's own generator and latents.
+    """
+
+    arguments: dict[str, Any]
+    cases: list[Case]  # one per prompt
+    per_call: int = 1  # images of a prompt that one stock call makes
+
+    @classmethod
+    def of(cls, pipe: Any, call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Request:
+        """Bind a call of `pipe` and read its prompts, pictures and seeds."""
+        signature = inspect.signature(call)
+        bound = signature.bind_partial(pipe, *args, **kwargs).arguments
+        given: dict[str, Any] = {}
+        for name, value in list(bound.items())[1:]:
+            given |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        if "generator" not in signature.parameters:
+            raise ConfigError(f"{type(pipe).__name__} takes no generator, so its candidates could not be told apart.")
+        return cls(given, _cases(pipe, signature, given))
+
+    @property
+    def generator(self) -> Any:
+        return self.arguments.get("generator")
+
+    def settle(self, rows: int) -> None:
+        """Learn from the first call how many images a prompt gets, and fix the seeds."""
+        if rows % len(self.cases):
+            raise ConfigError(f"{len(self.cases)} prompts gave {rows} images, so they cannot be matched.")
+        self.per_call = rows // len(self.cases)
+        seeds = _seeds(self.generator, len(self.cases), self.per_call)
+        self.cases = [case.with_seed(seed) for case, seed in zip(self.cases, seeds, strict=True)]
+
+    def seed(self, row: int, candidate: int) -> int:
+        """The seed of a prompt's candidate; one of the first call has its own generator's if the caller gave a list."""
+        if candidate < self.per_call and isinstance(self.generator, list):
+            return int(self.generator[row * self.per_call + candidate].initial_seed())
+        return self.cases[row].seed + candidate
+
+    def asked(self, number: int, **changes: Any) -> dict[str, Any]:
+        """Arguments of stock call `number`: 0 is the caller's own, later ones draw fresh noise from their own seeds."""
+        given = {**self.arguments, **changes}
+        if number == 0:
+            return given
+        given.pop("latents", None)  # the caller's starting noise belongs to candidate 0
+        first = number * self.per_call
+        slots = [self.seed(row, first + j) for row in range(len(self.cases)) for j in range(self.per_call)]
+        device = _device(self.generator)
+        fresh = [torch.Generator(device).manual_seed(seed) for seed in slots]
+        return given | {"generator": fresh if len(fresh) > 1 else fresh[0]}
+
+    def card(self, pipe: Any) -> dict[str, Any]:
+        """What was asked, in plain values: the settings that make two runs comparable."""
+        names = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames")
+        asked = {name: self.arguments[name] for name in names if self.arguments.get(name) is not None}
+        scheduler = type(getattr(pipe, "scheduler", None)).__name__
+        return {"pipeline": type(pipe).__name__, "scheduler": scheduler, **asked}
+
+    def asked_cases(self, number: int) -> list[Case]:
+        """One case per image of stock call `number`, in the order of its output."""
+        first = number * self.per_call
+        rows = enumerate(self.cases)
+        return [c.with_seed(self.seed(row, first + j)) for row, c in rows for j in range(self.per_call)]
+
+
+def _cases(pipe: Any, signature: inspect.Signature, given: dict[str, Any]) -> list[Case]:
+    prompt = given.get("prompt")
+    if prompt is None:
+        prompts = [""] * _rows_without_prompts(given)
+    else:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ConfigError("prompt is an empty list, but a search needs at least one prompt.")
+    control_named = "control_image" in signature.parameters
+    conditioned = any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
+    picture = given.get("image")
+    source = None if conditioned and not control_named else picture
+    control = given.get("control_image") if control_named else (picture if conditioned else None)
+    sources, controls = media.pictures(source, len(prompts)), media.pictures(control, len(prompts))
+    return [Case(prompt=p, source=s, control=c) for p, s, c in zip(prompts, sources, controls, strict=True)]
+
+
+def _rows_without_prompts(given: dict[str, Any]) -> int:
+    embedded = [v for k, v in given.items() if k.startswith("prompt_embeds") and v is not None]
+    return len(embedded[0]) if embedded else int(given.get("batch_size", 1))
+
+
+def _seeds(generator: Any, prompts: int, per_call: int) -> list[int]:
+    if isinstance(generator, list):
+        return [int(generator[row * per_call].initial_seed()) for row in range(prompts)]
+    if generator is not None:
+        return [(int(generator.initial_seed()) + row * ROW_STRIDE) % 2**63 for row in range(prompts)]
+    return [int(seed) for seed in torch.randint(2**62, (prompts,))]  # follows torch.manual_seed, as the stock call does
+
+
+def _device(generator: Any) -> torch.device:
+    first = generator[0] if isinstance(generator, list) else generator
+    return torch.device("cpu") if first is None else first.device
