@@ -1,0 +1,261 @@
+"""Any diffusers pipeline as a denoiser: schedule, prediction at the true loop index, rollouts, decoding, gradients, replay.
+
+A `Driver` runs the stock call with a stand-in scheduler (`standin`), tapped components (`tap`) and our own loop control
+(`looping`); these files with `arguments` are the only ones that know how a stock pipeline is called, and nothing in them names
+a model family. What a pipeline computes before its loop from unchanged inputs is computed once for as long as the driver
+lives. After every call, also one that raised, the pipeline is as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign import arguments
+from diffalign.arguments import undecorated
+from diffalign.budget import BACKWARD_COST, Budget
+from diffalign.cases import Case
+from diffalign.errors import SeamError
+from diffalign.looping import Loop
+from diffalign.noise import Convention, Kernel, Levels, Transition, case_noise, ddim, read_levels
+from diffalign.restore import adapters_off
+from diffalign.standin import Run
+from diffalign.tap import Memory, Tap, Watch
+
+__all__ = ["Driver", "Trajectory", "grad_call", "metered", "undecorated"]
+
+
+@dataclass
+class Trajectory:
+    """A stored walk: step start + k goes from latents[k] to moves[k]; the loop itself may change a move before the next step."""
+
+    latents: list[Tensor]  # (steps + 1) x (B, ...), as the steps saw them; the last is what the last step gave
+    timesteps: Tensor  # (steps,)
+    start: int = 0
+    moves: list[Tensor] = field(default_factory=list)  # steps x (B, ...), drawn by our transitions
+    predictions: list[Tensor] = field(default_factory=list)
+    log_probs: Tensor | None = None  # (steps, B) float32
+    media: Any = None
+    cases: Sequence[Case] = ()
+
+
+class Driver(Loop):
+    """One pipeline, one batch of cases, one set of stock arguments, as a denoiser."""
+
+    @functools.cached_property
+    def levels(self) -> Levels:
+        """alpha and sigma of every level, in the scaling of the loop's latents."""
+        steps = self.timesteps
+        return read_levels(self._native_scheduler(), steps)
+
+    @functools.cached_property
+    def _narrowed(self) -> dict[tuple[int, ...], Driver]:
+        return {}
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps (T,) that the pipeline's loop walks over, after its own shifts and slices."""
+        if self._timesteps is None:
+            self.start()
+        assert self._timesteps is not None
+        return self._timesteps
+
+    @property
+    def length(self) -> int:
+        return len(self.timesteps)
+
+    def start(self) -> Tensor:
+        """Latents (B, ...) at level 0 for the cases' own seeds, as the stock call draws them."""
+        if self._first is None:
+            self._first = self._drawn_start()
+        return self._first.clone()
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Latents (B, ...) at level 0 for standard normal `noise` shaped like `start()`."""
+        like = self.start()
+        scheduler = self._native_scheduler()
+        if len(self.timesteps) < len(scheduler.timesteps):
+            raise SeamError(f"{type(self.pipe).__name__} starts from an image, not from pure noise. Vary the cases' seeds instead.")
+        return (noise.to(like) * float(getattr(scheduler, "init_noise_sigma", 1.0))).to(like.dtype)
+
+    def predict(self, x: Tensor, i: int, *, grad: bool = False) -> Tensor:
+        """What the stock scheduler would be handed at latents x (B, ...) of loop index i, guidance included."""
+        seen: list[Tensor] = []
+
+        def capture(index: int, prediction: Tensor, sample: Tensor) -> Tensor:
+            seen[:] = [prediction]
+            return sample
+
+        self._loop(x, [i], capture, grad=grad)
+        return self._charge_backward(seen[0])
+
+    def transition(self, x: Tensor, prediction: Tensor, i: int, kernel: Kernel | None = None) -> Transition:
+        """The Gaussian from level i to i + 1 under `kernel` (deterministic DDIM by default)."""
+        return (kernel or ddim(0.0))(self.levels, x, prediction, i)
+
+    def denoised(self, x: Tensor, prediction: Tensor, i: int) -> Tensor:
+        return self.levels.denoised(x, prediction, i)
+
+    def rollout(
+        self, kernel: Kernel | None = None, *, x: Tensor | None = None, start: int = 0, stop: int | None = None, grad: bool = False,
+        convention: Convention = "sum", noise: Callable[[int, Tensor], Tensor] | None = None, output_type: str = "pt",
+        keep_predictions: bool = False, callback: Any = None, quiet: bool = False,
+    ) -> Trajectory:  # fmt: skip
+        """One stock call from level `start` to media; `kernel` draws our transitions, None keeps the stock scheduler's steps.
+
+        `noise(i, like)` gives the standard normals of step i; by default each case draws its own. With `stop` the walk ends at
+        that level and its media are what the pipeline decodes there.
+        """
+        if x is None and start > 0:
+            raise SeamError("a rollout from the middle of the chain needs the latents to start from: pass x=.")
+        draw = noise or self._own_noise
+        levels = self.levels if kernel is not None else None  # read before the loop, which must not be entered twice
+        walk = Trajectory([], self.timesteps[start:stop], start, cases=self.cases)
+        log_probs: list[Tensor] = []
+
+        def answer(i: int, prediction: Tensor, sample: Tensor) -> Tensor | None:
+            walk.latents.append(sample)
+            if keep_predictions:
+                walk.predictions.append(self._charge_backward(prediction))
+            if kernel is None or levels is None:
+                return None
+            step = kernel(levels, sample, prediction, i)
+            following = step.sample(draw(i, sample) if step.std else None, dtype=sample.dtype)
+            log_probs.append(step.log_prob(following, convention))
+            walk.moves.append(following)
+            return following
+
+        visit = range(start, start + len(walk.timesteps))
+        walk.media, last = self._loop(x, visit, answer, grad=grad, output_type=output_type, callback=callback, quiet=quiet)
+        walk.latents.append(last)
+        walk.log_probs = torch.stack(log_probs) if log_probs else None
+        self._charge_decode(output_type)
+        return walk
+
+    def replay(
+        self, walk: Trajectory, kernel: Kernel, *, grad: bool = True, convention: Convention = "sum",
+        on_step: Callable[[int, Tensor, Transition, Tensor], None] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Log-densities (steps, B) of a stored walk under the current weights, in one call at the true indices.
+
+        `on_step(i, prediction, transition, log_prob)` may run that step's backward at once, so memory stays that of one step.
+        """
+        levels, log_probs = self.levels, list[Tensor]()
+
+        def answer(i: int, prediction: Tensor, sample: Tensor) -> Tensor:
+            k = i - walk.start
+            prediction = self._charge_backward(prediction)
+            step = kernel(levels, walk.latents[k], prediction, i)
+            log_prob = step.log_prob(walk.moves[k], convention)
+            if on_step is not None:
+                on_step(i, prediction, step, log_prob)
+            log_probs.append(log_prob if on_step is None else log_prob.detach())
+            return walk.moves[k]
+
+        self._loop(walk.latents[0], range(walk.start, walk.start + len(walk.timesteps)), answer, grad=grad)
+        return torch.stack(log_probs)
+
+    def decode(self, x: Tensor, *, grad: bool = False, output_type: str = "pt") -> Any:
+        """Media of latents (B, ...) at the last level, as the stock call decodes them; differentiable with `grad`."""
+        run = functools.partial(self._run, grad=grad, output_type=output_type)
+        media = None
+        if self._can_hand_in() and not self._moves_latents:
+            try:
+                media = run(Run(_native, visit=[], unit_start=True), latents=x, generators=self._drawn_generators())
+            except UnboundLocalError:  # a loop whose variables are read after it cannot be skipped whole
+                self._moves_latents = True
+        if media is None:  # a last step whose model call is blank gives x back to the loop
+            media = run(Run(lambda *_: x, visit=[self.length - 1], blank=frozenset([0]), guess=not self._watch.blanks))
+        self._charge_decode(output_type)
+        return media
+
+    def select(self, rows: Sequence[int]) -> Driver:
+        """The driver for these rows of the batch (repeats welcome); shares memory and budget with this one."""
+        key = tuple(rows)
+        if key == tuple(range(self.batch)):
+            return self
+        if key not in self._narrowed:
+            twin = Driver(self.pipe, budget=self.budget, memory=self.memory, **arguments.take(self.call, key, self.batch))
+            twin.batch, twin.seeds, twin.cases = len(key), [self.seeds[r] for r in key], [self.cases[r] for r in key]
+            self._narrowed[key] = twin
+        return self._narrowed[key]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The model without its adapters, for the length of the block; no second copy is made."""
+        before = self.memory.scope
+        with adapters_off(self.modules.values()):
+            self.memory.scope = "reference/"
+            try:
+                yield
+            finally:
+                self.memory.scope = before
+
+    def close(self) -> None:
+        """Hand offloaded modules back to where their hooks keep them."""
+        if getattr(self.pipe, "_all_hooks", None):
+            self.pipe.maybe_free_model_hooks()
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _own_noise(self, i: int, like: Tensor) -> Tensor:
+        return case_noise(self.seeds, like, "step", i)
+
+    def _charge_decode(self, output_type: str) -> None:
+        if output_type != "latent":
+            self.budget.charge(decodes=self.batch)
+
+    def _charge_backward(self, prediction: Tensor) -> Tensor:
+        """A backward pass through this prediction costs two more passes of the rows behind it."""
+        if prediction.requires_grad:
+            rows = self._watch.last_rows
+            prediction.register_hook(lambda _: self.budget.charge(nfe=BACKWARD_COST * rows))
+        return prediction
+
+
+def _native(index: int, prediction: Tensor, sample: Tensor) -> None:
+    return None
+
+
+def grad_call(pipe: Any, **call: Any) -> Any:
+    """The stock call with gradients: the same image bit for bit, differentiable in latents, embeddings and weights."""
+    with torch.enable_grad():
+        return undecorated(pipe)(**call)
+
+
+@contextmanager
+def metered(pipe: Any, budget: Budget) -> Iterator[None]:
+    """Charge `budget` for every stock call of `pipe` inside the block; the calls themselves are untouched."""
+    watch, own, scheduler = Watch(Memory(), {}), pipe.__dict__, pipe.scheduler
+    watch.run = Run(_native, order=0, current=torch.empty(0))
+    modules = {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    native_step = scheduler.step
+
+    @functools.wraps(native_step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        watch.on_step()
+        return native_step(*args, **kwargs)
+
+    def free(*args: Any, **kwargs: Any) -> Any:
+        own.update(modules)  # hooks belong on the modules, not on their taps
+        return type(pipe).maybe_free_model_hooks(pipe, *args, **kwargs)
+
+    own.update({k: Tap(k, m, watch) for k, m in modules.items()}, maybe_free_model_hooks=free)
+    scheduler.__dict__["step"] = step
+    try:
+        yield
+    finally:
+        scheduler.__dict__.pop("step", None)
+        own.pop("maybe_free_model_hooks", None)
+        own.update(modules)
+        budget.charge(nfe=watch.rows)

@@ -1,0 +1,257 @@
+"""How a stock pipeline's loop is run under our control; `drive.Driver` is its public face.
+
+A run hands latents in, visits chosen loop indices and answers each scheduler step. Latents go in through the `latents` argument
+where the pipeline takes them as they are; elsewhere a blank step (one whose model calls are answered with zeros) gives them back
+to the loop. Indices come from the loop's own `enumerate`; a loop that hides it walks through blank iterations instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign import arguments
+from diffalign.budget import Budget
+from diffalign.cases import Case
+from diffalign.errors import ModelError, SeamError
+from diffalign.restore import KeptState
+from diffalign.standin import IndexUnseen, Run, stand_in, with_true_index
+from diffalign.tap import REMEMBERED, Memory, Tap, Watch
+
+Answer = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+class LatentsChanged(BaseException):
+    """Raised inside a pipeline that changes the latents it was handed."""
+
+
+class Loop:
+    """One pipeline, one batch of cases, one set of stock arguments, and the machinery that runs its loop."""
+
+    def __init__(
+        self, pipe: Any, cases: Sequence[Case] | None = None, *, budget: Budget | None = None, memory: Memory | None = None, **call: Any
+    ) -> None:
+        if getattr(pipe, "scheduler", None) is None:
+            raise SeamError(f"{type(pipe).__name__} has no scheduler of its own, so its steps cannot be followed. Use its inner pipeline.")
+        self.pipe = pipe
+        self.call = arguments.clean(pipe, arguments.from_cases(pipe, cases, call) if cases else call)
+        self.batch = len(cases) if cases else arguments.batch_of(self.call)
+        self.seeds = [c.seed for c in cases] if cases else arguments.seeds_from(call, self.batch)
+        self.cases = list(cases) if cases else arguments.to_cases(self.call, self.seeds)
+        self.budget = budget or Budget(prompts=self.batch)
+        self.memory = memory or Memory()
+        self.scheduler = stand_in(pipe.scheduler)
+        self.modules = {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+        self._known = arguments.parameters(pipe)
+        self._watch = Watch(self.memory, {})
+        self._function = with_true_index(inspect.unwrap(arguments.stock_call(pipe)), lambda: self._watch.run)
+        self._taps = _taps(pipe, self.modules, self._watch)
+        self._kept = KeptState(self.modules)
+        self._timesteps: Tensor | None = None
+        self._first: Tensor | None = None  # the start latents of this batch's own seeds
+        self._drawn: list[Tensor] | None = None  # generator states once the start noise is drawn
+        self._live: list[torch.Generator] = []
+        self._global_state = torch.get_rng_state()
+        self._moves_latents = False  # the loop changes latents after a step, so decoding passes through a blank last step
+        self._takes_latents: bool | None = None
+        self._hides_index = False
+
+    @property
+    def denoiser(self) -> str | None:
+        """Name of the component whose rows count, once it has run."""
+        return self._watch.denoiser
+
+    def _loop(self, x: Tensor | None, visit: Sequence[int], answer: Answer, *, grad: bool = False, **options: Any) -> tuple[Any, Tensor]:
+        """Visit loop indices with x at the first of them; give back the call's output and the last latents."""
+        for _ in range(3):  # a loop that hides its index, or changes what it is handed, is run once more the careful way
+            run = self._plan(x, list(visit), answer)
+            handed = x if run.unit_start else None
+            try:
+                out = self._run(run, latents=handed, grad=grad, **options)
+            except IndexUnseen:
+                self._hides_index = True
+                continue
+            except LatentsChanged:
+                if not run.unit_start:
+                    break
+                self._takes_latents = False
+                continue
+            if run.last is None:
+                raise SeamError(f"the loop of {type(self.pipe).__name__} never reached its step {visit[0]}.")
+            return out, run.last
+        raise SeamError(f"{type(self.pipe).__name__} changes the latents it is given before its step {visit[0]}.")
+
+    def _plan(self, x: Tensor | None, visit: list[int], answer: Answer) -> Run:
+        """The run that brings x to visit[0]: handed in, or given back by a blank step before it."""
+        handed = x is not None and self._can_hand_in()
+        first = visit[0]
+        if self._hides_index:
+            visit, blank = list(range(visit[-1] + 1)), frozenset(range(first))
+            if x is not None and not handed and first == 0:
+                raise SeamError(f"{type(self.pipe).__name__} neither takes latents nor shows its loop index: step 0 is out of reach.")
+        elif x is None or handed:
+            blank = frozenset()
+        else:
+            visit, blank = [max(first - 1, 0), *visit], frozenset([0])
+        run = Run(answer, visit=visit, blank=blank, unit_start=handed)
+        run.answer = self._guard(run, x, answer)
+        return run
+
+    def _guard(self, run: Run, x: Tensor | None, answer: Answer) -> Answer:
+        """Blank steps give x back; the first real step must see x, bit for bit."""
+        fresh = [True]
+
+        def guarded(index: int, prediction: Tensor, sample: Tensor) -> Tensor | None:
+            if run.blanked:
+                return x if x is not None else sample
+            if fresh and x is not None and not _same_bits(sample, x):
+                raise LatentsChanged
+            if not fresh and run.last is not None and not _same_bits(sample, run.last):
+                self._moves_latents = True
+            fresh.clear()
+            if not torch.isfinite(prediction).all():
+                raise ModelError(
+                    f"the model gave NaN or inf at step {index} (t = {float(self.scheduler.run.current):g}). "
+                    "Try dtype float32 or bfloat16, or a lower guidance_scale."
+                )
+            return answer(index, prediction, sample)
+
+        return guarded
+
+    def _run(
+        self, run: Run, *, grad: bool = False, latents: Tensor | None = None, output_type: str = "latent",
+        callback: Any = None, quiet: bool = True, generators: list[torch.Generator] | None = None,
+    ) -> Any:  # fmt: skip
+        """The stock call under `run`; returns its media field."""
+        self._live = generators or [_generator(s) for s in self.seeds]
+        own = {"generator": self._live[0] if self.batch == 1 else self._live, "output_type": output_type, "return_dict": False,
+               "latents": latents, "callback_on_step_end": callback}  # fmt: skip
+        given = {k: copy.copy(v) if isinstance(v, list | dict) else v for k, v in self.call.items()}  # some pipelines edit their lists
+        kwargs = {**given, **{k: v for k, v in own.items() if v is not None and k in self._known}}
+        self._watch.run, self._watch.rows, run.on_step = run, 0, self._watch.on_step
+        self.scheduler.run = run
+        try:
+            with self._swapped(quiet), self._stray_noise(), nullcontext() if grad else torch.no_grad():
+                out = self._function(self.pipe, **kwargs)
+        finally:
+            self._watch.run = None
+            self.budget.charge(nfe=self._watch.rows)
+        if run.timesteps is not None and self._timesteps is None:
+            self._timesteps = run.timesteps.detach().clone()
+        return out[0] if isinstance(out, tuple) else out
+
+    @contextmanager
+    def _swapped(self, quiet: bool) -> Iterator[None]:
+        """The pipeline with stand-in and taps, for the length of the block."""
+        own = self.pipe.__dict__
+        before = dict(own)
+        own.update(self._taps, scheduler=self.scheduler, maybe_free_model_hooks=_nothing)
+        if quiet:
+            own["_progress_bar_config"] = {**own.get("_progress_bar_config", {}), "disable": True}
+        try:
+            yield
+        except BaseException:
+            self._kept.restore()
+            raise
+        finally:
+            own.clear()
+            own.update(before)
+
+    @contextmanager
+    def _stray_noise(self) -> Iterator[None]:
+        """Some pipelines draw from torch's global generator too: every run of ours sees it as it was when we began."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._global_state)
+            yield
+
+    # where the chain starts
+
+    def _drawn_start(self) -> Tensor:
+        """Latents that the loop's first step sees for the cases' own seeds; costs a model call only where blank ones do not fit."""
+        if "generator" not in self._known:
+            raise SeamError(f"{type(self.pipe).__name__} takes no generator, so its cases cannot own their seeds.")
+        try:
+            seen = self._sample_at_first_step(guess=True)
+        except Exception:  # a guessed model output that this pipeline cannot use; the real one below tells why if that fails too
+            seen = self._sample_at_first_step(guess=False)
+        if seen is None:
+            raise SeamError(f"the loop of {type(self.pipe).__name__} does not walk over its scheduler's timesteps.")
+        self._takes_latents = "latents" in self._known and self._hands_on(seen)
+        return seen
+
+    def _hands_on(self, x: Tensor) -> bool:
+        """Whether the first step sees the latents that the call is given, and nothing else is drawn from the generators."""
+        try:
+            seen = self._sample_at_first_step(guess=True, latents=x)
+        except Exception:
+            return False
+        untouched = all(torch.equal(g.get_state(), _generator(s).get_state()) for g, s in zip(self._live, self.seeds, strict=True))
+        return seen is not None and _same_bits(seen, x) and untouched  # else later draws would not be the stock call's
+
+    def _sample_at_first_step(self, *, guess: bool, latents: Tensor | None = None) -> Tensor | None:
+        seen: list[Tensor] = []
+
+        def capture(index: int, prediction: Tensor, sample: Tensor) -> Tensor:
+            seen.append(sample)
+            if latents is None:
+                self._drawn = [g.get_state() for g in self._live]
+            return sample
+
+        run = Run(capture, visit=[0], blank=frozenset([0] if guess else []), guess=guess, unit_start=latents is not None)
+        self._run(run, latents=latents)
+        return seen[0] if seen else None
+
+    def _can_hand_in(self) -> bool:
+        if self._takes_latents is None:
+            self._first = self._drawn_start()
+        return bool(self._takes_latents)
+
+    def _drawn_generators(self) -> list[torch.Generator]:
+        """Generators as the stock call has them once the start noise is drawn; some decoders draw from them."""
+        if self._drawn is None:
+            self._first = self._drawn_start()
+        assert self._drawn is not None
+        fresh = [torch.Generator("cpu") for _ in self._drawn]
+        return [g.set_state(state) for g, state in zip(fresh, self._drawn, strict=True)]
+
+    def _native_scheduler(self) -> Any:
+        """The native scheduler after the pipeline's own `set_timesteps`, with no step taken."""
+        plain = copy.deepcopy(self.scheduler)
+        plain.__dict__.update({k: None for k in ("_begin_index", "_step_index") if k in plain.__dict__})
+        return plain
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Offloaded modules stay where they are between two of our calls."""
+
+
+def _same_bits(a: Any, b: Tensor) -> bool:
+    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return a is b or torch.equal(a.detach(), b.detach())
+
+
+def _taps(pipe: Any, modules: dict[str, torch.nn.Module], watch: Watch) -> dict[str, Any]:
+    """What the pipeline's attributes are replaced by: tapped modules and processors, remembered methods."""
+    taps: dict[str, Any] = {name: Tap(name, module, watch) for name, module in modules.items()}
+    for name, value in vars(pipe).items():
+        if callable(getattr(value, "preprocess", None)) and callable(getattr(value, "postprocess", None)):
+            taps[name] = Tap(name, value, watch)
+    for name in dir(type(pipe)):
+        if REMEMBERED.match(name) and callable(inspect.getattr_static(type(pipe), name)):
+            taps[name] = _remembering(watch.memory, name, getattr(pipe, name))
+    return taps
+
+
+def _remembering(memory: Memory, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: memory.call(name, method, args, kwargs)

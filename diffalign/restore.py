@@ -1,0 +1,63 @@
+"""What a call may disturb is put back: training flags, dtypes, attention processors, adapter switches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+
+class KeptState:
+    """A snapshot of what stock calls change inside modules and only put back when they end well."""
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
+        self._flags = [(m, m.training) for module in modules.values() for m in module.modules()]
+        self._dtypes = [(module, _dtypes(module)) for module in modules.values()]
+        self._processors = [(m, dict(m.attn_processors)) for m in modules.values() if hasattr(m, "attn_processors")]
+
+    def restore(self) -> None:
+        """Put everything back that differs from the snapshot."""
+        for module, training in self._flags:
+            module.training = training
+        for module, dtypes in self._dtypes:
+            for name, tensor in _tensors(module):
+                if tensor.dtype != dtypes.get(name, tensor.dtype):
+                    tensor.data = tensor.data.to(dtypes[name])
+        for module, processors in self._processors:
+            if module.attn_processors != processors:  # type: ignore[operator]
+                module.set_attn_processor(dict(processors))  # type: ignore[operator]
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in _tensors(module)}
+
+
+@contextmanager
+def adapters_off(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Run a block with every PEFT adapter of `modules` switched off, then restore switches and gradient flags."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with ExitStack() as stack:
+        for module in modules:
+            for layer in module.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    stack.callback(_switch_back, layer, layer.disable_adapters, _gradient_flags(layer))
+                    layer.enable_adapters(enabled=False)
+        yield
+
+
+def _gradient_flags(layer: torch.nn.Module) -> dict[torch.nn.Parameter, bool]:
+    return {p: p.requires_grad for p in layer.parameters()}
+
+
+def _switch_back(layer: Any, disabled: bool, flags: dict[torch.nn.Parameter, bool]) -> None:
+    layer.enable_adapters(enabled=not disabled)
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)

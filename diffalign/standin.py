@@ -1,0 +1,229 @@
+"""The stand-in scheduler: a copy of the real one whose loop we steer and whose steps we answer.
+
+A pipeline asks its scheduler for timesteps and hands it each prediction. The stand-in is a subclass of the real scheduler's
+class, so `isinstance` checks, config and arithmetic stay native; `timesteps` iterates over the loop indices that a `Run`
+visits, and `step` gives back what the `Run` answers. Nothing here names a model family.
+"""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Answer = Callable[[int, Tensor, Tensor], Tensor | None]  # (index, prediction, sample) -> next latent, None for the native step
+
+
+class IndexUnseen(BaseException):
+    """Raised inside a pipeline whose loop does not see our index, before a model call is wasted on the wrong one."""
+
+
+@dataclass
+class Run:
+    """One pass through a pipeline's loop: which indices it visits and what each step gives back."""
+
+    answer: Answer
+    visit: Sequence[int] | None = None  # None: the whole native loop
+    blank: frozenset[int] = frozenset()  # visits (by order) whose model calls are answered without running the model
+    guess: bool = False  # a blank call whose output shape is unknown looks like its input instead of running the model
+    unit_start: bool = False  # latents are handed in as they are, so init_noise_sigma must be 1
+    strict_index: bool = True  # refuse to call the model while the loop's own index is not ours
+    on_step: Callable[[], None] = field(default=lambda: None)  # told after every step, before the answer
+    order: int = -1  # how many visits have begun, minus one
+    position: int = -1  # the loop index of the current visit
+    indexed: bool = False  # the loop takes its index from our enumerate
+    current: Tensor | None = None
+    timesteps: Tensor | None = None  # (T,) what the pipeline's loop really walks over
+    last: Tensor | None = None  # what the latest step gave back
+
+    @property
+    def in_loop(self) -> bool:
+        return self.order >= 0
+
+    @property
+    def blanked(self) -> bool:
+        return self.order in self.blank
+
+    def begin(self, order: int, position: int, t: Tensor | None) -> None:
+        self.order, self.position, self.current = order, position, t
+
+    def needs_index(self) -> bool:
+        """Whether the model is about to run at a loop index that the pipeline would take for another one."""
+        return self.strict_index and self.visit is not None and not self.indexed and not self.blanked and self.order != self.position
+
+
+def stand_in(real: Any) -> Any:
+    """A deep copy of `real` whose class adds our loop control; set `.run` before each use."""
+    twin = copy.deepcopy(real)
+    twin.__class__ = _subclass(type(real))
+    twin.__dict__["_walk_type"] = _walk_type(twin)
+    twin.__dict__["_schedules"] = []
+    return twin
+
+
+@functools.cache
+def _subclass(real: type) -> type:
+    """The real scheduler's class with `set_timesteps`, `step`, `init_noise_sigma` under our control."""
+
+    @functools.wraps(real.set_timesteps)  # type: ignore[attr-defined]
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        _native_schedule(self, real, args, kwargs)
+        self.timesteps = torch.as_tensor(self.timesteps).as_subclass(self._walk_type)
+
+    @functools.wraps(real.step)  # type: ignore[attr-defined]
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _answer_step(self, real, args, kwargs)
+
+    def init_noise_sigma(self: Any) -> Any:
+        if self.run.unit_start:
+            return 1.0
+        native = inspect.getattr_static(real, "init_noise_sigma", None)
+        return native.fget(self) if isinstance(native, property) and native.fget else self.__dict__["init_noise_sigma"]
+
+    def set_sigma(self: Any, value: Any) -> None:
+        self.__dict__["init_noise_sigma"] = value
+
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        """A pipeline that copies its scheduler gets the plain native one."""
+        twin = object.__new__(real)
+        own = {k: v for k, v in self.__dict__.items() if k not in ("run", "_walk_type", "_schedules", "timesteps")}
+        twin.__dict__.update(copy.deepcopy(own, memo))
+        twin.__dict__["timesteps"] = torch.as_tensor(self.timesteps).as_subclass(torch.Tensor).clone()
+        return twin
+
+    body = {"set_timesteps": set_timesteps, "step": step, "__deepcopy__": deepcopy, "__module__": real.__module__}
+    if hasattr(real, "init_noise_sigma") or "init_noise_sigma" in inspect.getsource(real):
+        body["init_noise_sigma"] = property(init_noise_sigma, set_sigma)  # type: ignore[assignment]
+    return type(real.__name__, (real,), body)
+
+
+def _native_schedule(self: Any, real: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run the native `set_timesteps`, or restore what it left the last time it got these arguments."""
+    for key, state in self._schedules:
+        if _alike(key, (args, kwargs)):
+            for name, value in state.items():
+                self.__dict__[name] = copy.copy(value) if isinstance(value, list) else value
+            return
+    real.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
+    keep = ("run", "_walk_type", "_schedules")
+    state = {k: copy.copy(v) if isinstance(v, list) else v for k, v in self.__dict__.items() if k not in keep}
+    self._schedules[:] = [*self._schedules[-3:], ((args, kwargs), state)]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple | list):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
+    if hasattr(a, "shape"):
+        return type(a) is type(b) and a.shape == b.shape and bool((a == b).all())
+    return type(a) is type(b) and bool(a == b)
+
+
+def _answer_step(self: Any, real: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hand the prediction to the run; give back its answer in the shape the native step would."""
+    bound = inspect.signature(real.step).bind(self, *args, **kwargs)  # type: ignore[attr-defined]
+    prediction, sample = _first(bound.arguments, "model_output"), _first(bound.arguments, "sample")
+    run: Run = self.run
+    run.on_step()
+    following = run.answer(run.position, prediction, sample)
+    if following is None:
+        native = real.step(self, *args, **kwargs)  # type: ignore[attr-defined]
+        run.last = native[0] if isinstance(native, tuple) else native.prev_sample
+        return native
+    run.last = following
+    if bound.arguments.get("return_dict", True) is False:
+        return following, following
+    return _Output(prev_sample=following, pred_original_sample=following)
+
+
+def _first(arguments: dict[str, Any], name: str) -> Tensor:
+    """The tensor called `name`, else the first (model_output) or last (sample) tensor of the call."""
+    if isinstance(arguments.get(name), Tensor):
+        return arguments[name]  # type: ignore[no-any-return]
+    tensors = [v for v in arguments.values() if isinstance(v, Tensor) and v.ndim > 1]
+    return tensors[0 if name == "model_output" else -1]
+
+
+class _Output(dict[str, Any]):
+    """What a scheduler returns with return_dict=True: fields by name, or by position."""
+
+    def __init__(self, **fields: Tensor) -> None:
+        super().__init__(fields)
+        self.__dict__.update(fields)
+
+    def __getitem__(self, key: Any) -> Any:
+        return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
+
+
+def _walk_type(owner: Any) -> type[Tensor]:
+    """A tensor class whose iteration follows `owner.run`; only one-dimensional pieces of timesteps keep the class."""
+
+    class Walk(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with torch._C.DisableTorchFunctionSubclass():
+                out = func(*args, **(kwargs or {}))
+            keeps = func in _KEEPERS and isinstance(out, Tensor) and out.ndim == 1
+            return out.as_subclass(cls) if keeps else out
+
+        def __iter__(self) -> Iterator[Tensor]:
+            return _visits(owner, self.as_subclass(torch.Tensor))
+
+    return Walk
+
+
+_KEEPERS = {
+    torch.Tensor.__getitem__, torch.Tensor.to, torch.Tensor.clone, torch.Tensor.detach, torch.Tensor.contiguous,
+    torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.float, torch.Tensor.long, torch.Tensor.flip,
+}  # fmt: skip
+
+
+def _visits(owner: Any, timesteps: Tensor) -> Iterator[Tensor]:
+    run: Run = owner.run
+    run.timesteps = timesteps
+    base = owner.__dict__.get("_begin_index")
+    for order, index in enumerate(range(len(timesteps)) if run.visit is None else run.visit):
+        if run.visit is not None:
+            _seek(owner, base, index)
+        t = timesteps[index]
+        run.begin(order, index, t)
+        yield t
+
+
+def _seek(owner: Any, base: int | None, index: int) -> None:
+    """Point a scheduler that counts its own steps at `index` of the loop."""
+    if "_step_index" in owner.__dict__:
+        owner.__dict__["_step_index"] = None
+        if base is not None:
+            owner.__dict__["_begin_index"] = base + index
+
+
+def with_true_index(function: Callable[..., Any], run_of: Callable[[], Run | None]) -> Callable[..., Any]:
+    """A copy of a pipeline's `__call__` whose `enumerate` over timesteps counts the true loop index."""
+    if not isinstance(function, FunctionType):
+        return function
+
+    def enumerate(iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
+        for count, item in builtins.enumerate(iterable, start):
+            run = run_of()
+            ours = run is not None and item is run.current
+            if run is not None and ours:
+                run.indexed = True
+            yield (run.position + start if run is not None and ours else count), item
+
+    twin = FunctionType(function.__code__, {**function.__globals__, "enumerate": enumerate}, function.__name__,
+                        function.__defaults__, function.__closure__)  # fmt: skip
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
