@@ -65,7 +65,7 @@ class ClipTower:
         return torch.stack([self._texts[p, device] for p in prompts])
 
     @cached_property
-    def _tower(self) -> torch.nn.Module:
+    def _tower(self) -> Any:
         return load(self.source, self.dtype)
 
     @cached_property
@@ -87,8 +87,8 @@ class ClipTower:
             self.truncated += int(cut.sum())
             first = prompts[int(cut.nonzero()[0])]
             warnings.warn(
-                f"'{self.model}' reads {length} tokens, so the end of {int(cut.sum())} of {len(prompts)} prompts does not "
-                f"count ({self.truncated} so far), first: '{first[:60]}...'",
+                f"'{self.model}' reads {length} tokens, so the end of {int(cut.sum())} of {len(prompts)} prompts "
+                f"does not count ({self.truncated} so far), first: '{first[:60]}...'",
                 stacklevel=2,
             )
         return tokens
@@ -143,7 +143,7 @@ def _folder(folder: Path) -> Source:
     weights = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
     if not settings.is_file() or not weights:
         raise ConfigError(
-            f"'{folder}' is not an open_clip model: it needs open_clip_config.json and weights (.safetensors). {_INSTEAD}"
+            f"'{folder}' is not an open_clip model: it needs open_clip_config.json and .safetensors. {_INSTEAD}"
         )
     digest = hashlib.sha256()
     for path in (settings, *weights):

@@ -70,12 +70,6 @@ class Driver(Loop):
     def length(self) -> int:
         return len(self.timesteps)
 
-    def start(self) -> Tensor:
-        """Latents (B, ...) at level 0 for the cases' own seeds, as the stock call draws them."""
-        if self._first is None:
-            self._first = self._drawn_start()
-        return self._first.clone()
-
     def from_noise(self, noise: Tensor) -> Tensor:
         """Latents (B, ...) at level 0 for standard normal `noise` shaped like `start()`."""
         like = self.start()

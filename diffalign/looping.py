@@ -60,6 +60,7 @@ class Loop:
         self._global_state = torch.get_rng_state()
         self._moves_latents = False  # the loop changes latents after a step, so decoding passes through a blank last step
         self._takes_latents: bool | None = None
+        self._passes_latents = False  # they reach the first step, though handing them in may shift later draws
         self._hides_index = False
 
     @property
@@ -88,20 +89,29 @@ class Loop:
         raise SeamError(f"{type(self.pipe).__name__} changes the latents it is given before its step {visit[0]}.")
 
     def _plan(self, x: Tensor | None, visit: list[int], answer: Answer) -> Run:
-        """The run that brings x to visit[0]: handed in, or given back by a blank step before it."""
-        handed = x is not None and self._can_hand_in()
-        first = visit[0]
+        """The run that brings x to visit[0]: handed in, drawn by the call itself, or given back by a blank step before it."""
+        handed, first = self._hands_in(x, visit[0]), visit[0]
+        natural = x is None or (first == 0 and self._is_own_start(x))
+        blank: frozenset[int] = frozenset()
         if self._hides_index:
-            visit, blank = list(range(visit[-1] + 1)), frozenset(range(first))
-            if x is not None and not handed and first == 0:
+            if not (handed or natural or first > 0):
                 raise SeamError(f"{type(self.pipe).__name__} neither takes latents nor shows its loop index: step 0 is out of reach.")
-        elif x is None or handed:
-            blank = frozenset()
-        else:
+            visit, blank = list(range(visit[-1] + 1)), frozenset(range(first))
+        elif not (handed or natural):
             visit, blank = [max(first - 1, 0), *visit], frozenset([0])
         run = Run(answer, visit=visit, blank=blank, unit_start=handed)
         run.answer = self._guard(run, x, answer)
         return run
+
+    def _hands_in(self, x: Tensor | None, first: int) -> bool:
+        """Whether x goes in through `latents`; where that shifts later draws, only at step 0, which no blank step precedes."""
+        if x is None:
+            return False
+        clean = self._can_hand_in()
+        return clean or (first == 0 and self._passes_latents and not self._is_own_start(x))
+
+    def _is_own_start(self, x: Tensor) -> bool:
+        return self._first is not None and not x.requires_grad and _same_bits(x, self._first)
 
     def _guard(self, run: Run, x: Tensor | None, answer: Answer) -> Answer:
         """Blank steps give x back; the first real step must see x, bit for bit."""
@@ -191,8 +201,9 @@ class Loop:
             seen = self._sample_at_first_step(guess=True, latents=x)
         except Exception:
             return False
+        self._passes_latents = seen is not None and _same_bits(seen, x)
         untouched = all(torch.equal(g.get_state(), _generator(s).get_state()) for g, s in zip(self._live, self.seeds, strict=True))
-        return seen is not None and _same_bits(seen, x) and untouched  # else later draws would not be the stock call's
+        return self._passes_latents and untouched  # else later draws would not be the stock call's
 
     def _sample_at_first_step(self, *, guess: bool, latents: Tensor | None = None) -> Tensor | None:
         seen: list[Tensor] = []
@@ -207,15 +218,21 @@ class Loop:
         self._run(run, latents=latents)
         return seen[0] if seen else None
 
+    def start(self) -> Tensor:
+        """Latents (B, ...) at level 0 for the cases' own seeds, as the stock call draws them."""
+        if self._first is None:
+            self._first = self._drawn_start()
+        return self._first.clone()
+
     def _can_hand_in(self) -> bool:
         if self._takes_latents is None:
-            self._first = self._drawn_start()
+            self.start()
         return bool(self._takes_latents)
 
     def _drawn_generators(self) -> list[torch.Generator]:
         """Generators as the stock call has them once the start noise is drawn; some decoders draw from them."""
         if self._drawn is None:
-            self._first = self._drawn_start()
+            self.start()
         assert self._drawn is not None
         fresh = [torch.Generator("cpu") for _ in self._drawn]
         return [g.set_state(state) for g, state in zip(fresh, self._drawn, strict=True)]

@@ -129,7 +129,7 @@ def read_images(paths: Iterable[str | Path]) -> list[Tensor]:
 
 
 def _array(image: Image.Image) -> NDArray[np.float32]:
-    return np.asarray(_rgb(image), dtype=np.float32) / 255
+    return np.asarray(_rgb(image), dtype=np.float32) / np.float32(255)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

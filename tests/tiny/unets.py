@@ -16,9 +16,13 @@ SCHEDULERS = {
     "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}),
     "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
     "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
     "lcm": (diffusers.LCMScheduler, {}),
+    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
 }
 XL_TIME = 8
 
