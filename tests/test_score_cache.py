@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from diffalign.cases import Case
+from diffalign.errors import OutputError
+from diffalign.score_cache import keys_of
+from diffalign.scoring import Score, ScoreCache, make_reward, score
+
+MEDIA = torch.rand(4, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+CASES = [Case(prompt=f"p{k}") for k in range(4)]
+
+
+class Counting:
+    name, differentiable, modality, range = "counting", True, "image", None
+
+    def __init__(self, version: str | None = "1", **options: Any) -> None:
+        self.version, self.options, self.rows, self.dark = version, options, 0, 0.0
+
+    def __call__(self, media: Tensor, cases: Sequence[Case]) -> Score:
+        self.rows += len(cases)
+        light = media.float().mean((1, 2, 3))
+        return Score(torch.where(light < self.dark, torch.nan, light), {"twice": light * 2})
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ScoreCache:
+    return ScoreCache(tmp_path / "deep" / "scores.sqlite")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(picks=st.lists(st.integers(0, 3), min_size=1, max_size=8), chunk=st.integers(1, 4))
+def test_cached_scores_equal_recomputed_ones(cache: ScoreCache, picks: list[int], chunk: int) -> None:
+    media, cases = MEDIA[picks], [CASES[k] for k in picks]
+    fresh = score(Counting(), media, cases)
+    for _ in range(2):
+        found = score(Counting(), media, cases, chunk=chunk, cache=cache)
+        assert torch.equal(found.total, fresh.total)
+        assert torch.equal(found.parts["twice"], fresh.parts["twice"])
+
+
+def test_rows_are_looked_up_one_by_one(cache: ScoreCache) -> None:
+    reward = Counting()
+    score(reward, MEDIA[:3], CASES[:3], cache=cache)
+    found = score(reward, MEDIA.flip(0), CASES[::-1], cache=cache)
+    assert reward.rows == 4
+    assert torch.equal(found.total, MEDIA.flip(0).mean((1, 2, 3)))
+
+
+def test_a_reward_without_a_version_is_never_cached(cache: ScoreCache) -> None:
+    reward = Counting(version=None)
+    for _ in range(2):
+        score(reward, MEDIA, CASES, cache=cache)
+    assert (reward.rows, len(cache)) == (8, 0)
+
+
+def test_a_reward_whose_options_are_unknown_is_never_cached(cache: ScoreCache) -> None:
+    reward = Counting()
+    del reward.options
+    score(reward, MEDIA, CASES, cache=cache)
+    assert len(cache) == 0
+
+
+def test_invalid_rows_are_asked_again(cache: ScoreCache) -> None:
+    reward = Counting()
+    reward.dark = float(MEDIA.mean((1, 2, 3)).median()) + 1e-4
+    invalid = int((~score(reward, MEDIA, CASES, cache=cache).valid).sum())
+    assert 0 < invalid < 4
+    assert len(cache) == 4 - invalid
+    score(reward, MEDIA, CASES, cache=cache)
+    assert reward.rows == 4 + invalid
+
+
+def test_media_that_needs_a_gradient_is_not_answered_from_the_cache(cache: ScoreCache) -> None:
+    score(Counting(), MEDIA, CASES, cache=cache)
+    assert score(Counting(), MEDIA.clone().requires_grad_(), CASES, cache=cache).total.requires_grad
+
+
+def test_a_weighted_sum_caches_its_parts_so_new_weights_cost_nothing(cache: ScoreCache) -> None:
+    reward = Counting()
+    score(make_reward([reward, "brightness"]), MEDIA, CASES, cache=cache)
+    score(make_reward([reward, "brightness:5"]), MEDIA, CASES, cache=cache)
+    assert reward.rows == 4
+
+
+def _image(value: int, mode: str = "L") -> Image.Image:
+    return Image.new(mode, (2, 2), value)
+
+
+def test_everything_a_score_depends_on_is_in_the_key() -> None:
+    case = CASES[0]
+    asked = [
+        *(
+            dataclasses.replace(case, **{slot: image})
+            for slot in ("source", "control", "reference")
+            for image in (_image(0), _image(1))
+        ),
+        dataclasses.replace(case, source=_image(0, "P")),
+        dataclasses.replace(case, metadata={"n": 1}),
+        dataclasses.replace(case, metadata={"n": "1"}),
+        dataclasses.replace(case, metadata={"n": True}),
+        dataclasses.replace(case, metadata={"n": [1]}),
+        dataclasses.replace(case, metadata={"n": (1,)}),
+        dataclasses.replace(case, metadata={1: 1}),
+        dataclasses.replace(case, metadata={"1": 1}),
+        dataclasses.replace(case, prompt="\ud800"),
+        case,
+    ]
+    keys = [keys_of(Counting(), MEDIA[:1], [c])[0] for c in asked]
+    pixels = [MEDIA[:1] + 1e-6, MEDIA[:1].half(), MEDIA[:1].reshape(1, 3, 5, 6), MEDIA[:1].double()]
+    keys += [keys_of(Counting(), media, [case])[0] for media in pixels]
+    keys += [
+        keys_of(r, MEDIA[:1], [case])[0]
+        for r in (Counting("2"), Counting(power=1), Counting(power=1.5), make_reward("brightness"))
+    ]
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_key_does_not_depend_on_the_order_of_metadata_or_the_seed() -> None:
+    a, b = Case(prompt="p", metadata={"x": 1, "y": 2}), Case(prompt="p", metadata={"y": 2, "x": 1}, seed=9)
+    assert keys_of(Counting(), MEDIA[:1], [a]) == keys_of(Counting(), MEDIA[:1], [b])
+
+
+def test_metadata_without_content_to_hash_is_not_cached() -> None:
+    assert keys_of(Counting(), MEDIA[:1], [Case(prompt="p", metadata={"x": object()})]) == [None]
+
+
+@pytest.mark.parametrize("damage", ["text", "middle", "zeros"])
+def test_an_unreadable_file_is_set_aside_and_replaced(cache: ScoreCache, damage: str) -> None:
+    score(Counting(), MEDIA, CASES, cache=cache)
+    content = bytearray(cache.path.read_bytes())
+    bad = {
+        "text": b"not a database, " * 400,
+        "middle": bytes(content[:100]) + b"\xff" * (len(content) - 100),
+        "zeros": b"\1" * 5000,
+    }
+    cache.path.write_bytes(bad[damage])
+    reward = Counting()
+    with pytest.warns(UserWarning, match=r"unreadable .*a new one starts"):
+        found = score(reward, MEDIA, CASES, cache=cache)
+    assert torch.equal(found.total, MEDIA.mean((1, 2, 3)))
+    score(reward, MEDIA, CASES, cache=cache)
+    assert reward.rows == 4
+    assert cache.path.with_name("scores.sqlite.unreadable").read_bytes() == bad[damage]
+
+
+def test_a_file_of_zero_bytes_is_a_new_cache(tmp_path: Path) -> None:
+    (tmp_path / "c").touch()
+    assert len(ScoreCache(tmp_path / "c")) == 0
+
+
+def test_a_place_that_cannot_hold_a_cache_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot make the folder"):
+        ScoreCache(tmp_path / "file" / "c")
+    with pytest.raises(OutputError, match="cannot use the score cache"):
+        score(Counting(), MEDIA, CASES, cache=ScoreCache(tmp_path))
+
+
+def _write(path: Path, who: int) -> None:
+    cache = ScoreCache(path)
+    for k in range(20):
+        keys = [f"{who}-{k}", f"shared-{k}"]
+        cache.store(keys, [(float(k), {}), (float(k), {"p": 1.0})])
+        assert None not in cache.lookup(keys)
+
+
+def test_several_processes_write_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_write, args=(tmp_path / "c.sqlite", who)) for who in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [p.exitcode for p in processes] == [0] * 4
+    assert len(ScoreCache(tmp_path / "c.sqlite")) == 4 * 20 + 20
+    with sqlite3.connect(tmp_path / "c.sqlite") as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
