@@ -29,7 +29,7 @@ from .text import (
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 SHIFTED = {"shift_factor": 0.1, "scaling_factor": 0.5}
-DEEP = {"num_layers": 1}
+SHALLOW = {"num_layers": 1}
 
 
 def flow(**extra: Any) -> FlowMatchEulerDiscreteScheduler:
@@ -58,7 +58,7 @@ def sd3(cls: type[DiffusionPipeline], control: bool = False) -> DiffusionPipelin
         parts["text_encoder" + suffix] = t5() if i == 2 else clip(projection=True)
         parts["tokenizer" + suffix] = t5_tokenizer() if i == 2 else clip_tokenizer()
     if control:
-        parts["controlnet"] = loud(diffusers.SD3ControlNetModel, **sizes, **DEEP)
+        parts["controlnet"] = loud(diffusers.SD3ControlNetModel, **sizes, **SHALLOW)
     return assemble(cls, **parts, vae=vae(**SHIFTED), scheduler=flow(shift=3.0))
 
 
@@ -67,7 +67,7 @@ def flux(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
     transformer = loud(
         diffusers.FluxTransformer2DModel,
         **HEADS,
-        **DEEP,
+        **SHALLOW,
         in_channels=16,
         num_single_layers=1,
         joint_attention_dim=32,
@@ -84,7 +84,7 @@ def chroma() -> DiffusionPipeline:
     transformer = loud(
         diffusers.ChromaTransformer2DModel,
         **HEADS,
-        **DEEP,
+        **SHALLOW,
         in_channels=16,
         num_single_layers=1,
         joint_attention_dim=32,
@@ -100,7 +100,7 @@ def chroma() -> DiffusionPipeline:
 def pixart(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
     """A PixArt pipeline: noise prediction with a learned variance that the pipeline throws away."""
     sizes = HEADS | {"attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 32, "sample_size": 8}
-    transformer = loud(diffusers.PixArtTransformer2DModel, **sizes, **DEEP)
+    transformer = loud(diffusers.PixArtTransformer2DModel, **sizes, **SHALLOW)
     parts = {"text_encoder": t5(), "tokenizer": t5_tokenizer(), "vae": vae()}
     return assemble(cls, **parts, transformer=transformer, scheduler=diffusers.DPMSolverMultistepScheduler())
 
@@ -117,7 +117,7 @@ def sana(cls: type[DiffusionPipeline], scheduler: Any, **extra: Any) -> Diffusio
     """A Sana pipeline; the class and the scheduler tell the many-step model from the sprinting one."""
     sizes = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
     sizes |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16}
-    transformer = loud(diffusers.SanaTransformer2DModel, **sizes, **DEEP, caption_channels=WIDTH, **extra)
+    transformer = loud(diffusers.SanaTransformer2DModel, **sizes, **SHALLOW, caption_channels=WIDTH, **extra)
     parts = {"text_encoder": gemma(), "tokenizer": gemma_tokenizer(), "vae": deep_compression()}
     return assemble(cls, **parts, transformer=transformer, scheduler=scheduler())
 
@@ -139,7 +139,9 @@ def qwen_vae(halvings: int) -> diffusers.AutoencoderKLQwenImage:
 def qwen(cls: type[DiffusionPipeline], halvings: int, **extra: Any) -> DiffusionPipeline:
     """A Qwen-Image pipeline, its prompts read by the vision-language model, the template's opening dropped."""
     rope = {"axes_dims_rope": (4, 4, 8), "joint_attention_dim": WIDTH}
-    transformer = loud(diffusers.QwenImageTransformer2DModel, **HEADS, **DEEP, **rope, in_channels=16, out_channels=4)
+    transformer = loud(
+        diffusers.QwenImageTransformer2DModel, **HEADS, **SHALLOW, **rope, in_channels=16, out_channels=4
+    )
     parts = {"text_encoder": qwen_vl(), "tokenizer": qwen_tokenizer(), "vae": qwen_vae(halvings)}
     shift = flow(use_dynamic_shifting=True)
     parts |= {name: make() for name, make in extra.items()}
@@ -182,7 +184,7 @@ def cogview4() -> DiffusionPipeline:
     """A CogView 4 pipeline with size embeddings beside the text."""
     sizes = HEADS | {"in_channels": 4, "out_channels": 4, "text_embed_dim": WIDTH, "sample_size": 8}
     more = {"time_embed_dim": 16, "condition_dim": 4, "pos_embed_max_size": 8, "rope_axes_dim": (8, 8)}
-    parts = {"transformer": loud(diffusers.CogView4Transformer2DModel, **sizes, **DEEP, **more)}
+    parts = {"transformer": loud(diffusers.CogView4Transformer2DModel, **sizes, **SHALLOW, **more)}
     parts |= {"text_encoder": glm(), "tokenizer": gemma_tokenizer(), "vae": vae(**SHIFTED)}
     shift = flow(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear")
     return assemble(diffusers.CogView4Pipeline, **parts, scheduler=shift)
@@ -244,7 +246,7 @@ def families() -> list[Family]:
         Family(
             "qwen_image_edit",
             partial(qwen, diffusers.QwenImageEditPipeline, 5, processor=qwen_processor),
-            editing(64, guidance="true_cfg_scale"),
+            editing(64, guidance="true_cfg_scale", width=128),
         ),
         Family("aura_flow", aura_flow, asking(**short)),
         Family("lumina2", lumina2, asking(32, system_prompt="draw", **short)),

@@ -56,11 +56,13 @@ def ids(*tokens: str) -> dict[str, int]:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's: bytes, and bytes that end a word."""
     vocab = ids("<|startoftext|>", "<|endoftext|>", *BYTES, *(byte + "</w>" for byte in BYTES))
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=LENGTH)
 
 
 def t5_tokenizer() -> T5Tokenizer:
+    """T5's and UMT5's: a unigram model whose pieces are letters."""
     specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     return T5Tokenizer(vocab=specials + [(letter, -2.0) for letter in LETTERS], extra_ids=0, model_max_length=LENGTH)
 
@@ -70,6 +72,7 @@ def gemma_tokenizer() -> GemmaTokenizer:
 
 
 def llama_tokenizer() -> LlamaTokenizer:
+    """Llama's, padded on the right as HunyuanVideo wants it."""
     vocab = ids("<unk>", "<s>", "</s>", *LETTERS)
     return LlamaTokenizer(vocab=vocab, merges=[], pad_token="</s>", padding_side="right")
 
@@ -80,6 +83,7 @@ def bert_tokenizer() -> BertTokenizer:
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Qwen's: bytes, its chat marks as single tokens, and a plain chat template."""
     return Qwen2Tokenizer(
         vocab=ids("<|endoftext|>", *BYTES),
         merges=[],
@@ -90,6 +94,7 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def qwen_processor() -> Qwen2VLProcessor:
+    """Qwen's reader of text with pictures; a picture becomes a handful of patches."""
     patches = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 64, "max_pixels": 256}
     images, videos = Qwen2VLImageProcessor(**patches), Qwen2VLVideoProcessor(**patches)
     return Qwen2VLProcessor(images, qwen_tokenizer(), videos, chat_template=QWEN_CHAT)

@@ -51,7 +51,7 @@ def controlnet() -> ControlNetModel:
 
 
 def stable(cls: type[DiffusionPipeline], sampler: str = "ddim", **extra: Any) -> DiffusionPipeline:
-    """A Stable Diffusion pipeline of that class; keep the components given in `extra`."""
+    """A Stable Diffusion pipeline of that class; `extra` names further components and how to make them."""
     parts = {"vae": vae(), "text_encoder": clip(), "tokenizer": clip_tokenizer(), "scheduler": scheduler(sampler)}
     parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return assemble(cls, **parts | {name: make() for name, make in extra.items()})
