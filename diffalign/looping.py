@@ -8,6 +8,7 @@ to the loop. Indices come from the loop's own `enumerate`; a loop that hides it 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -53,6 +54,7 @@ class Loop:
         self._function = with_true_index(inspect.unwrap(arguments.stock_call(pipe)), lambda: self._watch.run)
         self._taps = _taps(pipe, self.modules, self._watch)
         self._kept = KeptState(self.modules)
+        self._device = getattr(pipe, "_execution_device", None)
         self._timesteps: Tensor | None = None
         self._first: Tensor | None = None  # the start latents of this batch's own seeds
         self._drawn: list[Tensor] | None = None  # generator states once the start noise is drawn
@@ -159,9 +161,10 @@ class Loop:
     @contextmanager
     def _swapped(self, quiet: bool) -> Iterator[None]:
         """The pipeline with stand-in and taps, for the length of the block."""
-        own = self.pipe.__dict__
+        own, cls = self.pipe.__dict__, type(self.pipe)
         before = dict(own)
         own.update(self._taps, scheduler=self.scheduler, maybe_free_model_hooks=_nothing)
+        self.pipe.__class__ = _with_known_device(cls, self._device)
         if quiet:
             own["_progress_bar_config"] = {**own.get("_progress_bar_config", {}), "disable": True}
         try:
@@ -170,6 +173,7 @@ class Loop:
             self._kept.restore()
             raise
         finally:
+            self.pipe.__class__ = cls
             own.clear()
             own.update(before)
 
@@ -242,6 +246,13 @@ class Loop:
         plain = copy.deepcopy(self.scheduler)
         plain.__dict__.update({k: None for k in ("_begin_index", "_step_index") if k in plain.__dict__})
         return plain
+
+
+@functools.lru_cache(maxsize=64)
+def _with_known_device(cls: type, device: Any) -> type:
+    """The pipeline's class with its execution device looked up once: finding it walks through every submodule."""
+    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), body | ({"_execution_device": device} if device is not None else {}))
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -105,6 +105,9 @@ def _subclass(real: type) -> type:
     return type(real.__name__, (real,), body)
 
 
+_signature = functools.lru_cache(maxsize=64)(inspect.signature)
+
+
 def _native_schedule(self: Any, real: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run the native `set_timesteps`, or restore what it left the last time it got these arguments."""
     for key, state in self._schedules:
@@ -130,7 +133,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _answer_step(self: Any, real: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand the prediction to the run; give back its answer in the shape the native step would."""
-    bound = inspect.signature(real.step).bind(self, *args, **kwargs)  # type: ignore[attr-defined]
+    bound = _signature(real.step).bind(self, *args, **kwargs)  # type: ignore[attr-defined]
     prediction, sample = _first(bound.arguments, "model_output"), _first(bound.arguments, "sample")
     run: Run = self.run
     run.on_step()

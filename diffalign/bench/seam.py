@@ -1,0 +1,130 @@
+"""What the seam costs: predict over the bare model call, and a whole rollout over the stock call, as ratios from one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from diffalign.drive import Driver
+from diffalign.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeamBench:
+    """A random SD3-class model, deep enough that one guided call takes about `model_ms`."""
+
+    model_ms: float = 50.0  # target length of one denoiser call
+    steps: int = 20  # of the rollout
+    repeats: int = 15  # timed pairs; the median of their ratios is reported
+    rollouts: int = 3  # timed pairs of whole rollouts
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("model_ms", "steps", "repeats", "rollouts"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"bench.{name} is {getattr(self, name)}, but it must be above 0.")
+
+
+def measure(config: SeamBench | None = None, *, pipe: Any = None, on_step: Callable[[str], None] = lambda _: None, **call: Any) -> dict[str, Any]:
+    """Time both ratios on `pipe` with its `call`, by default on a random model of the configured size."""
+    config = config or SeamBench()
+    if pipe is None:
+        on_step("building a model")
+        pipe, call = _sized_model(config)
+    call["num_inference_steps"] = config.steps
+    driver = Driver(pipe, **call)
+    x = driver.start()
+    bare = _bare_call(driver, x)
+    on_step("timing predict")
+    predicts = [_pair(bare, lambda: driver.predict(x, config.steps // 2)) for _ in range(config.repeats + 2)][2:]
+    on_step("timing rollouts")
+    stock = _stock_call(pipe, call)
+    rollouts = [_pair(stock, lambda: Driver(pipe, **call).rollout(quiet=True)) for _ in range(config.rollouts + 1)][1:]
+    return {
+        "predict_ratio": median(b / a for a, b in predicts),
+        "rollout_ratio": median(b / a for a, b in rollouts),
+        "model_ms": 1000 * median(a for a, _ in predicts),
+        "steps": config.steps,
+        "pipeline": type(pipe).__name__,
+        "device": str(x.device),
+    }
+
+
+def _pair(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
+    return _seconds(first), _seconds(second)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    _synchronise()
+    begin = time.perf_counter()
+    run()
+    _synchronise()
+    return time.perf_counter() - begin
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _bare_call(driver: Driver, x: torch.Tensor) -> Callable[[], Any]:
+    """The denoiser call that one predict makes, with the very arguments it was given, and nothing around it."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    driver.predict(x, 0)
+    model = driver.modules[driver.denoiser or "transformer"]
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    try:
+        driver.predict(x, 0)
+    finally:
+        handle.remove()
+
+    def bare() -> None:
+        with torch.no_grad():
+            for args, kwargs in seen:
+                model(*args, **kwargs)
+
+    return bare
+
+
+def _stock_call(pipe: Any, call: dict[str, Any]) -> Callable[[], Any]:
+    def stock() -> None:
+        pipe(**call, generator=torch.Generator("cpu").manual_seed(0), output_type="pt")
+
+    pipe.set_progress_bar_config(disable=True)
+    return stock
+
+
+def _sized_model(config: SeamBench) -> tuple[Any, dict[str, Any]]:
+    """A random SD3 pipeline without text encoders; layers are added until a guided call takes `model_ms`."""
+    layers = 2
+    pipe, call = _random_sd3(layers, config.seed)
+    per_layer = _layer_seconds(pipe, call) / layers
+    return _random_sd3(max(1, round(config.model_ms / 1000 / per_layer)), config.seed)
+
+
+def _layer_seconds(pipe: Any, call: dict[str, Any]) -> float:
+    driver = Driver(pipe, num_inference_steps=2, **call)
+    bare = _bare_call(driver, driver.start())
+    return median(_seconds(bare) for _ in range(7))
+
+
+def _random_sd3(layers: int, seed: int) -> tuple[Any, dict[str, Any]]:
+    from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SD3Transformer2DModel(
+            sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=64, num_attention_heads=6,
+            joint_attention_dim=64, caption_projection_dim=384, pooled_projection_dim=64, pos_embed_max_size=32,
+        )  # fmt: skip
+        vae = AutoencoderTiny(latent_channels=4, scaling_factor=1.0, shift_factor=0.0)
+        embeds = {"prompt_embeds": torch.randn(1, 16, 64), "negative_prompt_embeds": torch.randn(1, 16, 64)}
+        pooled = {"pooled_prompt_embeds": torch.randn(1, 64), "negative_pooled_prompt_embeds": torch.randn(1, 64)}
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"))
+    pipe = StableDiffusion3Pipeline(transformer=transformer.eval(), vae=vae.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+    return pipe, {**embeds, **pooled, "height": 256, "width": 256, "guidance_scale": 4.0}
