@@ -11,22 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # each may import itself and what stands before it
     {"errors"},
-    {"cases", "config", "loading", "registry", "atomic"},
-    {
-        "vision",
-        "scoring",
-        "score_cache",
-        "reward_specs",
-        "shaping",
-        "noise",
-        "budget",
-        "transport",
-        "judges",
-        "clip_tower",
-    },
+    {"cases", "config", "loading", "registry", "atomic", "vision", "media", "request"},
+    {"scoring", "score_cache", "reward_specs", "shaping", "noise", "budget", "transport", "judges", "clip_tower"},
     {"search", "world"},
-    {"drive", "standin", "tap", "looping", "attention"},
-    {"conformance", "report", "shell", "zoo"},
+    {"drive", "arguments", "looping", "standin", "tap", "restore", "attention"},
+    {"conformance", "snapshot", "borrowed", "report", "shell", "zoo"},
     {"train", "gallery", "bench"},
     {"cli"},
 ]
@@ -34,7 +23,8 @@ ONLY = {  # narrower than their layer
     "search": {"search", "noise", "budget", "config", "errors"},
     "world": {"world", "cases", "errors"},
     "rewards": {"scoring", "cases", "registry", "errors", "vision", "clip_tower", "judges", "transport", "world"},
-    "pipelines": {"shell", "drive", "search", "scoring", "budget", "config", "errors", "cases", "registry", "report"},
+    "pipelines": {"shell", "drive", "search", "scoring", "budget", "config", "errors"}
+    | {"cases", "media", "registry", "report", "request"},
 }
 TENSORS_ONLY = {"diffusers", "transformers", "accelerate", "pathlib", "os", "io", "PIL"}
 
