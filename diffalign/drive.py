@@ -25,7 +25,7 @@ from diffalign.errors import SeamError
 from diffalign.looping import Loop
 from diffalign.noise import Convention, Kernel, Levels, Transition, case_noise, ddim, read_levels
 from diffalign.restore import adapters_off
-from diffalign.standin import Run
+from diffalign.standin import Run, copy_of
 from diffalign.tap import Memory, Tap, Watch
 
 __all__ = ["Driver", "Trajectory", "grad_call", "metered", "undecorated"]
@@ -223,8 +223,12 @@ def _native(index: int, prediction: Tensor, sample: Tensor) -> None:
 
 def grad_call(pipe: Any, **call: Any) -> Any:
     """The stock call with gradients: the same image bit for bit, differentiable in latents, embeddings and weights."""
-    with torch.enable_grad():
-        return undecorated(pipe)(**call)
+    scheduler, pipe.__dict__["scheduler"] = pipe.scheduler, copy_of(pipe.scheduler)
+    try:
+        with torch.enable_grad():
+            return undecorated(pipe)(**call)
+    finally:
+        pipe.__dict__["scheduler"] = scheduler  # the copy may hold parts of the graph
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class Levels:
     alpha: Tensor  # (T + 1,) float64
     sigma: Tensor  # (T + 1,) float64
     prediction: str  # what the model predicts: epsilon, sample, v_prediction, flow
+    unit: float = 1.0  # standard deviation of the start noise in the latents' own scaling, where sigma is not relative to 1
 
     def __len__(self) -> int:
         return len(self.alpha) - 1
@@ -48,8 +49,9 @@ class Levels:
         if self.prediction == "flow":
             return (x - sigma * prediction) / (alpha + sigma)
         if self.prediction == "v_prediction":
-            scale = math.hypot(alpha, sigma)  # 1 for variance-preserving latents
-            return (alpha / scale**2) * x - (sigma / scale) * prediction
+            sine = sigma / self.unit
+            scale = math.hypot(alpha, sine)  # 1 for variance-preserving latents
+            return (alpha / scale**2) * x - (sine / scale) * prediction
         if alpha == 0:
             raise SeamError("the first level is pure noise, and an epsilon prediction there says nothing about the image.")
         return (x - sigma * prediction) / alpha
@@ -79,6 +81,8 @@ class Levels:
 def read_levels(scheduler: Any, timesteps: Tensor) -> Levels:
     """Levels of a scheduler whose `set_timesteps` has run, at the `timesteps` (T,) that a pipeline's loop visits."""
     add = getattr(scheduler, "add_noise", None) or getattr(scheduler, "scale_noise", None)
+    if add is None and scheduler.config.get("prediction_type") == "trigflow":
+        return _trigonometric(timesteps.detach().cpu().double(), float(scheduler.config.sigma_data))
     if add is None:
         raise SeamError(f"{type(scheduler).__name__} has neither add_noise nor scale_noise, so its noise levels are unknown.")
     timesteps = timesteps.detach().cpu()
@@ -89,6 +93,13 @@ def read_levels(scheduler: Any, timesteps: Tensor) -> Levels:
     last_alpha, last_sigma = _last_level(scheduler, flow=_is_flow(alpha, sigma))
     alpha, sigma = torch.cat([alpha, last_alpha]).double(), torch.cat([sigma, last_sigma]).double()
     return Levels(alpha.cpu(), sigma.cpu(), _prediction_type(scheduler, flow=_is_flow(alpha[:-1], sigma[:-1])))
+
+
+def _trigonometric(angles: Tensor, unit: float) -> Levels:
+    """Levels of a scheduler whose timesteps are angles: x_t = cos(t) x0 + unit sin(t) eps, and the model predicts v."""
+    end = torch.tensor([0.0], dtype=torch.float64)
+    angles = torch.cat([angles, end])
+    return Levels(angles.cos(), unit * angles.sin(), "v_prediction", unit)
 
 
 def _is_flow(alpha: Tensor, sigma: Tensor) -> bool:

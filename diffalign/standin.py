@@ -62,11 +62,22 @@ class Run:
 
 def stand_in(real: Any) -> Any:
     """A deep copy of `real` whose class adds our loop control; set `.run` before each use."""
-    twin = copy.deepcopy(real)
+    twin = copy_of(real)
     twin.__class__ = _subclass(type(real))
     twin.__dict__["_walk_type"] = _walk_type(twin)
     twin.__dict__["_schedules"] = []
     return twin
+
+
+def copy_of(real: Any) -> Any:
+    """A deep copy of a scheduler, cut off from any graph that its last run left in it."""
+    return copy.deepcopy(real, {id(t): t.detach().clone() for t in _held_tensors(vars(real))})
+
+
+def _held_tensors(state: dict[str, Any]) -> list[Tensor]:
+    """Tensors a scheduler keeps between steps; one that is part of a graph cannot be copied otherwise."""
+    values = [v for value in state.values() for v in (value if isinstance(value, list | tuple) else [value])]
+    return [v for v in values if isinstance(v, Tensor)]
 
 
 @functools.cache

@@ -1,0 +1,113 @@
+"""Run a method over a set of cases in batches: media, scores and cost per prompt, comparable between methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign import drive, media, registry, scoring
+from diffalign.bench.intervals import Interval, bootstrap, wilson
+from diffalign.budget import Budget
+from diffalign.cases import Case, batched
+from diffalign.scoring import Score
+
+STOCK = "stock"
+COSTS = ("nfe", "decodes", "reward_calls", "seconds")
+
+
+@dataclass
+class Sampled:
+    """What one method made of some cases: `pixels[i]` (k, [F,] 3, H, W) are the images of case i, best first."""
+
+    method: str
+    cases: list[Case] = field(default_factory=list)
+    pixels: list[Tensor] = field(default_factory=list)
+    scores: list[Score | None] = field(default_factory=list)  # of those images, rows as in `pixels`
+    seeds: list[list[int]] = field(default_factory=list)  # of those images
+    reports: list[Any] = field(default_factory=list)
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COSTS, 0.0))  # summed over prompts
+
+    def row(self, passed: Sequence[bool] | None = None) -> dict[str, Any]:
+        """The row every comparison prints: cost per prompt, proxy and truth with intervals."""
+        cost = {name: self.spent[name] / max(len(self.cases), 1) for name in COSTS}
+        truth = wilson(sum(passed), len(passed)).json() if passed else None
+        return {"method": self.method, **cost, "proxy": self.proxy.json() if self.proxy else None, "truth": truth}
+
+    @property
+    def proxy(self) -> Interval | None:
+        """Mean reward of the best images; invalid ones stay out."""
+        values = [float(s.total[0]) for s in self.scores if s is not None and bool(s.valid[0])]
+        return bootstrap(values) if values else None
+
+
+def sample(
+    pipe: Any,
+    cases: Sequence[Case],
+    *,
+    method: str = STOCK,
+    reward: Any = None,
+    call: Mapping[str, Any],
+    options: Mapping[str, Any],
+    batch: int = 8,
+    each: Callable[[Sampled, list[int]], None] = lambda done, new: None,
+) -> Sampled:
+    """Run `method` (stock, or a drop-in pipeline's name) on every case; `each` hears of the new cases of every batch."""
+    done = Sampled(method)
+    run = _stock if method == STOCK else _searched
+    for some in batched(cases, batch):
+        first = len(done.cases)
+        with torch.no_grad():
+            run(done, pipe, some, reward, _asked(pipe, some, call), options)
+        each(done, list(range(first, len(done.cases))))
+    return done
+
+
+def _asked(pipe: Any, cases: list[Case], call: Mapping[str, Any]) -> dict[str, Any]:
+    """Stock arguments for these cases; each has a generator of its own."""
+    generators = [torch.Generator().manual_seed(case.seed) for case in cases]
+    alone = len(cases) == 1
+    asked = {"prompt": cases[0].prompt if alone else [case.prompt for case in cases]}
+    return {**asked, **call, "generator": generators[0] if alone else generators}
+
+
+def _stock(
+    done: Sampled, pipe: Any, cases: list[Case], reward: Any, asked: dict[str, Any], options: Mapping[str, Any]
+) -> None:
+    budget = Budget(prompts=len(cases))
+    with drive.metered(pipe, budget):
+        output = pipe(**asked, output_type="pt")
+    fields, key = media.open_output(output)
+    pixels = media.to_tensor(fields[key])
+    media.require_finite(pixels, type(pipe).__name__)
+    budget.charge(decodes=len(pixels))
+    _add(done, budget.spent(), cases, pixels)
+    judged = scoring.score(reward, pixels, cases, cache=options.get("score_cache")) if reward is not None else None
+    for i, case in enumerate(cases):
+        done.scores.append(judged.select([i]) if judged is not None else None)
+        done.seeds.append([case.seed])
+
+
+def _searched(
+    done: Sampled, pipe: Any, cases: list[Case], reward: Any, asked: dict[str, Any], options: Mapping[str, Any]
+) -> None:
+    shell: Any = registry.make_pipeline_class(done.method)
+    output = shell.from_pipe(pipe)(**asked, output_type="pt", reward=reward, **options)
+    fields, key = media.open_output(output)
+    report = output.report
+    _add(done, report.budget, cases, fields[key])
+    done.reports.append(report)
+    for i, best in enumerate(report.best):
+        everything = Score(report.scores.total[i], {k: v[i] for k, v in report.scores.parts.items()}, report.scores.valid[i])
+        done.scores.append(everything.select(best))
+        done.seeds.append([report.seeds[i][k] for k in best.tolist()])
+
+
+def _add(done: Sampled, spent: Mapping[str, float], cases: list[Case], pixels: Tensor) -> None:
+    done.cases += cases
+    done.pixels += list(pixels.float().cpu().unflatten(0, (len(cases), -1)))
+    for name in COSTS:
+        done.spent[name] += spent[name] * len(cases)

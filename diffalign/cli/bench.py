@@ -1,0 +1,45 @@
+"""`diffalign bench`: measure diffalign itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from diffalign.cli.verb import Verb, option
+from diffalign.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seam(Verb):
+    """What the seam costs: a predict over the bare model call, and a whole rollout over the stock call.
+
+    Both are ratios measured in one run, with a model whose call takes about --model-ms. 1.00 means free.
+
+    \b
+    diffalign bench seam
+    diffalign bench seam --model-ms 10 --steps 8 --json seam.json
+    """
+
+    NAME: ClassVar[str] = "seam"
+    model_ms: float = option(50.0, "How long one call of the model takes, in milliseconds.")
+    steps: int = option(20, "Steps of a rollout.")
+    repeats: int = option(5, "Measurements; the median counts.")
+
+    def __post_init__(self) -> None:
+        for name, value in (("model_ms", self.model_ms), ("steps", self.steps), ("repeats", self.repeats)):
+            if not value > 0:
+                raise ConfigError(f"{name} is {value}, but it must be above 0.")
+
+    def cost(self) -> dict[str, Any]:
+        return {"seconds": round(2 * self.repeats * (self.steps + 1) * self.model_ms / 1000, 1)}
+
+    def run(self) -> dict[str, Any]:
+        from diffalign.bench import seam
+
+        found = dict(seam.measure(model_ms=self.model_ms, steps=self.steps, repeats=self.repeats))
+        for name, value in found.items():
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+        return found
+
+
+VERBS: tuple[type[Verb], ...] = (Seam,)

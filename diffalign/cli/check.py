@@ -1,0 +1,43 @@
+"""`diffalign check`: what the seam can do with a pipeline, and how exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from diffalign.cli.model import ModelVerb
+from diffalign.cli.verb import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(ModelVerb):
+    """Check a pipeline before trusting a method with it.
+
+    Runs the pipeline a few times and reports each capability (schedule, predict, guidance, gradient, rollout, decode,
+    replay, restore ...) as pass or fail with the largest error and the reason. Nothing is written.
+
+    \b
+    diffalign check
+    diffalign check ./my-finetune call.num_inference_steps=8
+    diffalign check stabilityai/stable-diffusion-3-medium-diffusers --device cuda --json check.json
+    """
+
+    NAME: ClassVar[str] = "check"
+    model: str = option("shapes-sd3", "Embedded model, folder, or hub id.", positional=True)
+    prompt: str = option("two red circles", "What to draw while checking.", flags=["-p"])
+
+    def checked_call(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "num_inference_steps": 4} | self.pipeline_call()
+
+    def cost(self) -> dict[str, Any]:
+        return {"nfe_of_one_image": self.rows_per_image(self.checked_call()), "images": "about 20"}
+
+    def run(self) -> dict[str, Any]:
+        import diffalign
+
+        found = diffalign.check(self.pipeline(), **self.checked_call())
+        from rich.console import Console
+
+        Console().print(found.table())
+        result: dict[str, Any] = found.json()
+        return result

@@ -1,0 +1,141 @@
+"""`diffalign generate`: images from prompts, by the stock pipeline or a drop-in method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from diffalign.cli.model import PromptVerb
+from diffalign.cli.verb import option
+from diffalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffalign.bench.sample import Sampled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(PromptVerb):
+    """Make images, with or without a reward.
+
+    Writes OUT/images/*.png, OUT/results.jsonl (one line per image) and OUT/card.json.
+
+    \b
+    diffalign generate -p "two red circles"
+    diffalign generate -p "a blue square left of a green triangle" --method best_of_n --n 16 --reward clip
+    diffalign generate --split hard --limit 32 --method best_of_n --budget 320 --reward clip
+    diffalign generate --prompts my.txt -m stabilityai/stable-diffusion-3-medium-diffusers --reward mine.py:sharp:2.0
+    diffalign generate --config best_of_n_shapes n=8 call.guidance_scale=4
+    """
+
+    NAME: ClassVar[str] = "generate"
+    out: str | None = option("out/generate", "Folder for images, results.jsonl and card.json.")
+    method: str = option("stock", "stock, or a drop-in pipeline: see `diffalign ls pipelines`.")
+    reward: tuple[str, ...] | dict[str, Any] = option(
+        (), "What to select by or just measure: clip, clip:2.0, file.py:name; repeat to add up.", flags=["-r"]
+    )
+    n: int | None = option(None, "Candidates per prompt.")
+    budget: int | None = option(None, "Most NFE per prompt; never exceeded.")
+    top_k: int = option(1, "Images to keep per prompt, best first.")
+    batch: int = option(8, "Prompts in one pipeline call.")
+    cache: str | None = option(None, "SQLite file of scores, so that a repeated run does not score twice.")
+
+    def __post_init__(self) -> None:
+        if self.method != "stock" and not self.reward:
+            raise ConfigError(f"method '{self.method}' selects by a reward. Add one, for instance --reward clip.")
+        if self.method == "stock" and (self.n or self.budget or self.top_k != 1):
+            raise ConfigError("n, budget and top_k belong to a search; with method 'stock' add --method best_of_n.")
+        for name, value in (("batch", self.batch), ("top_k", self.top_k), ("n", self.n), ("limit", self.limit)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, but it must be at least 1.")
+
+    def options(self) -> dict[str, Any]:
+        """What the method is told beyond the stock arguments."""
+        if self.method == "stock":
+            return {}
+        return {"top_k": self.top_k} | {k: v for k, v in {"n": self.n, "budget": self.budget}.items() if v is not None}
+
+    def cost(self) -> dict[str, Any]:
+        prompts, each = len(self.cases()), self.rows_per_image(self.pipeline_call())
+        searching = self.method != "stock"
+        candidates = (self.n or (self.budget // each if self.budget else 8)) if searching else 1
+        return {
+            "prompts": prompts,
+            "candidates_per_prompt": candidates,
+            "nfe_per_prompt": candidates * each,
+            "decodes": prompts * candidates,
+            "reward_calls": prompts * candidates * len(self.reward),
+            "images_written": prompts * (self.top_k if searching else 1),
+        }
+
+    def run(self) -> dict[str, Any]:
+        from diffalign import atomic, registry, scoring
+        from diffalign.bench.card import card_of
+        from diffalign.bench.sample import sample
+        from diffalign.cli.truth import passes, progress
+
+        cases, out = self.cases(), atomic.require_folder(self.out or "out/generate")
+        if self.method != "stock":
+            registry.make_pipeline_class(self.method)  # an unknown name is known before a model loads
+        reward = scoring.make_reward(self.reward) if self.reward else None
+        pipe, call = self.pipeline(), self.pipeline_call()
+        options = self.options() | ({"score_cache": scoring.ScoreCache(self.cache)} if self.cache else {})
+        rows: list[dict[str, Any]] = []
+        with progress(len(cases), "prompts") as advance:
+
+            def write(done: Sampled, new: list[int]) -> None:
+                rows.extend(row for i in new for row in _write(done, i, out))
+                advance(len(new))
+
+            done = sample(
+                pipe, cases, method=self.method, reward=reward, call=call, options=options, batch=self.batch, each=write
+            )
+        passed = passes(done.pixels, cases) if self.split else None
+        _mark(rows, passed)
+        row = done.row(passed)
+        card = card_of(pipe, self.model, cases, call, reward=reward, method={"name": self.method, **self.options()})
+        atomic.write_jsonl(out / "results.jsonl", rows)
+        atomic.write_json(out / "card.json", card.json())
+        print(f"{len(rows)} images in {out}  " + describe(row))
+        return {"rows": [row]}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One row of costs and means, for people."""
+    parts = [f"NFE {row['nfe']:g}/prompt", f"{row['seconds']:.2f} s/prompt"]
+    for name in ("proxy", "truth"):
+        if row[name]:
+            parts.append(f"{name} {row[name]['mean']:.3f} [{row[name]['lo']:.3f}, {row[name]['hi']:.3f}]")
+    return ", ".join(parts)
+
+
+def _write(done: Sampled, i: int, out: Path) -> list[dict[str, Any]]:
+    """Write the images of case i; one result row for each."""
+    from diffalign import atomic, media
+
+    rows = []
+    for rank, pixels in enumerate(done.pixels[i]):
+        name = f"images/{i:05d}.png" if len(done.pixels[i]) == 1 else f"images/{i:05d}-{rank}.png"
+        if pixels.ndim == 4:  # a video: its frames side by side
+            pixels = pixels.permute(1, 2, 0, 3).flatten(2)
+        atomic.write_image(out / name, media.to_pil(pixels))
+        row = {"index": i, "rank": rank, "prompt": done.cases[i].prompt, "seed": done.seeds[i][rank], "file": name}
+        rows.append(row | _scores(done, i, rank))
+    return rows
+
+
+def _scores(done: Sampled, i: int, rank: int) -> dict[str, Any]:
+    found = done.scores[i]
+    if found is None:
+        return {}
+    valid = bool(found.valid[rank])
+    parts = {name: float(part[rank]) if valid else None for name, part in found.parts.items()}
+    return {"reward": float(found.total[rank]) if valid else None, "parts": parts}
+
+
+def _mark(rows: list[dict[str, Any]], passed: list[bool] | None) -> None:
+    """Add the verifier's word to the best image of each prompt."""
+    if passed is not None:
+        for row in rows:
+            if row["rank"] == 0:
+                row["truth"] = passed[row["index"]]

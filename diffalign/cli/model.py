@@ -1,0 +1,127 @@
+"""What the verbs that run a model share: which model, where, on which prompts, judged by what."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from diffalign.cli.verb import Verb, option
+from diffalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffalign.cases import Case
+
+LONGEST_PROMPT = 4000  # characters; text encoders here read 12 to 512 tokens
+SEED_STRIDE = 1 << 20  # between the seeds of two prompts, so that their candidates never share noise
+Split = Literal["heldout", "hard", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVerb(Verb):
+    """A verb that runs a pipeline."""
+
+    model: str = option("shapes-sd3", "Embedded model, folder, or hub id.", flags=["-m"])
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the fastest here.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = option("auto", "auto: float32 on CPU, else bfloat16.")
+    attention: str | None = option(None, "Attention backend: native, xformers, flash, sage ...; checked to take effect.")
+    call: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's call, over the model's card
+
+    def pipeline_call(self) -> dict[str, Any]:
+        """The arguments every call of this model gets: its card's, then ours."""
+        from diffalign import zoo
+
+        known = dict(zoo.card(self.model)["call"]) if self.model in zoo.names() else {}
+        return known | self.call
+
+    def place(self) -> tuple[str, str]:
+        """Device and dtype by name."""
+        import torch
+
+        fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = fastest if self.device == "auto" else self.device
+        return device, ("float32" if device == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
+
+    def pipeline(self) -> Any:
+        """The stock pipeline, loaded, moved, and with the asked attention."""
+        import torch
+
+        quiet_libraries()
+        from diffalign.shell import load_pipeline
+
+        device, dtype = self.place()
+        pipe = load_pipeline(self.model, torch_dtype=getattr(torch, dtype))
+        try:
+            pipe.to(device)
+        except (RuntimeError, AssertionError) as e:
+            raise ConfigError(f"device is '{device}', which does not work here: {str(e).splitlines()[0]}") from e
+        if self.attention:
+            from diffalign.attention import use_attention
+
+            use_attention(pipe, self.attention)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def rows_per_image(self, call: Mapping[str, Any]) -> int:
+        """Estimated NFE of one image: steps, twice with guidance."""
+        steps = int(call.get("num_inference_steps", 50))
+        guided = float(call.get("guidance_scale", 5.0)) > 1
+        return steps * (2 if guided else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptVerb(ModelVerb):
+    """A verb that runs a pipeline on prompts."""
+
+    prompt: tuple[str, ...] = option((), "A prompt; repeat it for more.", flags=["-p"])
+    prompts: str | None = option(None, "File of prompts: .txt with one a line, or .jsonl with a 'prompt'.")
+    split: Split | None = option(None, "Prompt set of the shapes world.")
+    limit: int | None = option(None, "Use only the first so many prompts.")
+
+    def cases(self) -> list[Case]:
+        """What is asked, each case with its seed."""
+        from diffalign.cases import Case, read_cases
+
+        sources = [bool(self.prompt), self.prompts is not None, self.split is not None]
+        if sum(sources) != 1:
+            raise ConfigError("say what to draw with one of --prompt, --prompts FILE or --split.")
+        if self.prompts is not None:
+            cases = read_cases(self.prompts, seed=self.seed)
+        elif self.split is not None:
+            from diffalign import world
+
+            cases = self.spaced(world.prompts(self.split))
+        else:
+            cases = self.spaced([Case(prompt=prompt) for prompt in self.prompt])
+        cases = cases[: self.limit]
+        require_prompts(cases)
+        return cases
+
+    def spaced(self, cases: list[Case]) -> list[Case]:
+        return [case.with_seed(self.seed + i * SEED_STRIDE) for i, case in enumerate(cases)]
+
+
+def require_prompts(cases: list[Case]) -> None:
+    """Refuse prompts that no model can follow."""
+    if not cases:
+        raise ConfigError("there is no prompt left to draw. Raise --limit, or give another prompt set.")
+    for number, case in enumerate(cases, 1):
+        if not case.prompt.strip():
+            raise ConfigError(f"prompt {number} is empty. Write what the image should show.")
+        if len(case.prompt) > LONGEST_PROMPT:
+            raise ConfigError(
+                f"prompt {number} has {len(case.prompt):,} characters (it starts '{case.prompt[:40]}'), and text "
+                f"encoders cut it off unseen. Shorten it to at most {LONGEST_PROMPT:,}; most models read far less."
+            )
+
+
+def quiet_libraries() -> None:
+    """Keep loading bars and notices of the libraries out of our output."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        with contextlib.suppress(AttributeError):
+            logging.disable_progress_bar()

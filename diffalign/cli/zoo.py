@@ -1,0 +1,142 @@
+"""`diffalign zoo`: the tiny models that ship with diffalign."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from diffalign.cli.verb import Verb, option
+from diffalign.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooList(Verb):
+    """List the embedded models with size and measured accuracy.
+
+    \b
+    diffalign zoo list
+    diffalign zoo list --json models.json
+    """
+
+    NAME: ClassVar[str] = "list"
+
+    def run(self) -> list[dict[str, Any]]:
+        from diffalign.cli.ls import print_table
+
+        rows = model_rows()
+        print_table(rows)
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooShow(Verb):
+    """Show one model's card: data, cost, measured accuracy, and the call every verb makes.
+
+    \b
+    diffalign zoo show shapes-sd3
+    """
+
+    NAME: ClassVar[str] = "show"
+    name: str = option(help="An embedded model.", positional=True)
+
+    def run(self) -> dict[str, Any]:
+        import yaml
+
+        from diffalign import zoo
+
+        require_model(self.name)
+        card = dict(zoo.card(self.name))
+        print(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=100), end="")
+        return card
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooMeasure(Verb):
+    """Measure a model's accuracy again on held-out prompts, judged by the exact verifier.
+
+    \b
+    diffalign zoo measure shapes-sd3 --n 200
+    diffalign zoo measure shapes-turbo --seed 1 --json measured.json
+    """
+
+    NAME: ClassVar[str] = "measure"
+    name: str = option(help="An embedded model.", positional=True)
+    n: int = option(200, "Prompts to draw.")
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ConfigError(f"n is {self.n}, but at least 1 prompt is needed.")
+
+    def cost(self) -> dict[str, Any]:
+        return {"images": self.n}
+
+    def run(self) -> dict[str, Any]:
+        from diffalign import zoo
+        from diffalign.cli.model import quiet_libraries
+
+        require_model(self.name)
+        quiet_libraries()
+        found = dict(zoo.measure(self.name, seed=self.seed, n=self.n))
+        print(f"{self.name}: {found['strict']:.3f} [{found['lo']:.3f}, {found['hi']:.3f}] on {found['n']} prompts")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooBuild(Verb):
+    """Rebuild an embedded model from nothing, by its own recipe, on a CPU.
+
+    Resumes where it was stopped. Writes OUT (default: a folder `out/zoo/NAME`).
+
+    \b
+    diffalign zoo build shapes-sd3
+    diffalign zoo build shapes-clip --out my-clip --dry-run
+    """
+
+    NAME: ClassVar[str] = "build"
+    name: str = option(help="An embedded model.", positional=True)
+
+    def folder(self) -> str:
+        return self.out or f"out/zoo/{self.name}"
+
+    def cost(self) -> dict[str, Any]:
+        from diffalign import zoo
+
+        require_model(self.name)
+        card = zoo.card(self.name)
+        return {"writes": self.folder(), "cost": card.get("cost", "not yet measured")}
+
+    def run(self) -> dict[str, Any]:
+        from diffalign import atomic, zoo
+        from diffalign.cli.model import quiet_libraries
+
+        require_model(self.name)
+        atomic.require_folder(self.folder())
+        quiet_libraries()
+        zoo.build(self.name, out=self.folder(), seed=self.seed)
+        print(f"built {self.name} in {self.folder()}")
+        return {"name": self.name, "folder": self.folder()}
+
+
+def require_model(name: str) -> None:
+    """Refuse a name the zoo does not know, offering the nearest."""
+    from diffalign import zoo
+    from diffalign.errors import UnknownName
+
+    if name not in zoo.names():
+        raise UnknownName.among("embedded model", name, zoo.names(), "diffalign zoo list")
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """One row per embedded model, with the keys of `zoo list --json`."""
+    from diffalign import zoo
+
+    rows = []
+    for name in zoo.names():
+        card, folder = zoo.card(name), zoo.folder(name)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        row = {"name": name, "class": card.get("class"), "bytes": size, "strict": card.get("strict")}
+        rows.append(row | {"seed": card.get("seed")})
+    return rows
+
+
+VERBS: tuple[type[Verb], ...] = (ZooList, ZooShow, ZooMeasure, ZooBuild)

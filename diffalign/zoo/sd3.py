@@ -1,0 +1,177 @@
+"""`shapes-sd3`: a flow-matching StableDiffusion3Pipeline of 5.4 M parameters, trained on rendered scenes and captions.
+
+Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al., 2024, arXiv 2403.03206).
+Where we differ: text encoders are trained together with the transformer; there is no T5, so the stock pipeline appends
+`max_sequence_length` empty tokens, and training mixes the short and the default number of them.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.world.compose import held_out, sample_clauses, sample_scene
+from diffalign.world.grammar import say
+from diffalign.world.render import render_many
+from diffalign.world.scenes import Scene
+from diffalign.zoo.autoencoder import AutoencoderConfig, encode
+from diffalign.zoo.autoencoder import train as train_autoencoder
+from diffalign.zoo.fit import FitConfig, fit
+from diffalign.zoo.words import LENGTH, known, tokenizer
+
+MIX = {"single": 4, "colours": 8, "counting": 18, "two": 6, "binding": 22, "position": 26, "hard": 16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SD3Config:
+    """Sizes, data and training of the generator."""
+
+    layers: int = 6
+    heads: int = 5  # of 32 channels each
+    text_widths: tuple[int, int] = (128, 64)  # of the two CLIP text encoders
+    text_layers: tuple[int, int] = (3, 2)  # the pipeline reads the last but one
+    images: int = 32768  # rendered and encoded once
+    smallest: float = 6.0  # radius in pixels under which the autoencoder blurs squares into circles
+    batch: int = 48
+    dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
+    empty: tuple[int, ...] = (1, 32, 256)  # empty tokens after the caption; 256 is the pipeline's default
+    empty_shares: tuple[float, ...] = (0.8, 0.16, 0.04)  # of the training steps
+    centre: float = 0.3  # mean of the logit of the time; above 0 favours noisy images, where layout is decided
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=4000, ema=0.999))
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+
+
+class Denoiser(nn.Module):
+    """The trainable parts of the pipeline in one module."""
+
+    def __init__(self, config: SD3Config) -> None:
+        from diffusers import SD3Transformer2DModel
+
+        super().__init__()
+        joint = sum(config.text_widths)
+        self.text_encoder = _text_encoder(config.text_widths[0], config.text_layers[0])
+        self.text_encoder_2 = _text_encoder(config.text_widths[1], config.text_layers[1])
+        self.transformer = SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=config.layers,
+            attention_head_dim=32,
+            num_attention_heads=config.heads,
+            joint_attention_dim=joint,
+            caption_projection_dim=32 * config.heads,
+            pooled_projection_dim=joint,
+            pos_embed_max_size=16,
+            qk_norm="rms_norm",
+        )
+
+    def forward(self, x_t: Tensor, sigma: Tensor, ids: Tensor, empty: int) -> Tensor:
+        """Velocity (B, 4, H, W) for token ids (B, LENGTH) followed by `empty` zero tokens."""
+        first = self.text_encoder(ids, output_hidden_states=True)
+        second = self.text_encoder_2(ids, output_hidden_states=True)
+        words = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+        pooled = torch.cat([first.text_embeds, second.text_embeds], -1)
+        text = torch.cat([words, words.new_zeros(len(words), empty, words.shape[-1])], 1)
+        velocity: Tensor = self.transformer(x_t, text, pooled, sigma * 1000, return_dict=False)[0]
+        return velocity
+
+
+def _text_encoder(width: int, layers: int) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    tokens = tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=LENGTH,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def captioned(count: int, smallest: float, seed: int) -> tuple[list[str], list[Any]]:
+    """Captions without held-out compositions, and a scene for each."""
+    rng = random.Random(seed)
+    captions, scenes = [], []
+    while len(captions) < count:
+        clauses = sample_clauses(rng.choices(list(MIX), list(MIX.values()))[0], rng)
+        if not held_out(clauses):
+            captions.append(say(clauses))
+            scenes.append(sample_scene(clauses, rng, seen_only=True, smallest=smallest))
+    return captions, scenes
+
+
+def standard_latents(vae: Any, scenes: list[Scene]) -> Tensor:
+    """Latents (B, 4, 16, 16) of zero mean and unit deviation."""
+    with torch.autocast("cpu", torch.bfloat16):
+        chunks = [encode(vae, render_many(scenes[i : i + 256])).float() for i in range(0, len(scenes), 256)]
+    latents: Tensor = (torch.cat(chunks) - vae.config.shift_factor) * vae.config.scaling_factor
+    return latents
+
+
+def tokenise(captions: list[str]) -> Tensor:
+    """Token ids (B, LENGTH) as the stock pipeline makes them."""
+    ids: Tensor = tokenizer()(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")[
+        "input_ids"
+    ]
+    return ids
+
+
+def train(config: SD3Config, *, folder: Path, seed: int, resume: bool) -> Any:
+    """Train autoencoder and generator; returns a float32 pipeline."""
+    vae = train_autoencoder(config.autoencoder, folder=folder / "autoencoder", seed=seed, resume=resume)
+    captions, scenes = captioned(config.images, config.smallest, seed + 1)
+    latents = standard_latents(vae, scenes)
+    ids, blank = tokenise(captions), tokenise([""])
+    torch.manual_seed(seed)
+    model = Denoiser(config)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        pick = torch.randint(len(latents), (config.batch,), generator=generator)
+        keep = torch.rand(config.batch, 1, generator=generator) >= config.dropout
+        empty = config.empty[int(torch.multinomial(torch.tensor(config.empty_shares), 1, generator=generator))]
+        return flow_loss(model, latents[pick], torch.where(keep, ids[pick], blank), empty, config.centre, generator)
+
+    fit(model, loss, config.fit, folder=folder / "generator", seed=seed, resume=resume, title="generator")
+    return assemble(model, vae)
+
+
+def flow_loss(model: nn.Module, x0: Tensor, ids: Tensor, empty: int, centre: float, generator: torch.Generator) -> Tensor:
+    """Squared error of the velocity at logit-normal times."""
+    sigma = torch.sigmoid(torch.randn(len(x0), generator=generator) + centre)
+    noise = torch.randn(x0.shape, generator=generator)
+    mix = sigma.view(-1, 1, 1, 1)
+    velocity = model((1 - mix) * x0 + mix * noise, sigma, ids, empty)
+    return nn.functional.mse_loss(velocity.float(), noise - x0)
+
+
+def assemble(model: Any, vae: Any) -> Any:
+    """The stock pipeline; word pieces get the embedding of the unknown word, which is all they can mean."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    for encoder in (model.text_encoder, model.text_encoder_2):
+        table = encoder.get_input_embeddings().weight.data
+        table[known() :] = table[tokenizer().unk_token_id]
+    return StableDiffusion3Pipeline(
+        transformer=model.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer(),
+        text_encoder_2=model.text_encoder_2,
+        tokenizer_2=tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
