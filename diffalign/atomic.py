@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then renamed; an interrupted write leaves the old file."""
+"""Files that are whole or absent: written beside their place, then renamed, so an interruption leaves the old file."""
 
 from __future__ import annotations
 
@@ -80,4 +80,3 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-

@@ -24,7 +24,7 @@ class Report:
     best: Tensor  # (P, top_k) candidate numbers, best first
     seeds: list[list[int]]  # (P, N)
     budget: Mapping[str, float]  # spent per prompt: nfe, decodes, reward_calls, seconds
-    curve: list[tuple[float, float, float]]  # (nfe per prompt, seconds, mean best reward so far)
+    curve: list[tuple[float, float, float]]  # per prompt: nfe, seconds; and the mean best reward so far
     card: Mapping[str, Any] = field(default_factory=dict)  # what was asked: pipeline, scheduler, steps, guidance
 
     @property

@@ -133,7 +133,8 @@ class Search:
         best = running_best(found.total, found.valid)[:, -1]
         reached = best[best.isfinite()]
         mean = float(reached.mean()) if len(reached) else float("nan")
-        self.curve.append((self.budget.nfe / self.prompts, self.budget.seconds, mean))
+        spent = self.budget.spent()
+        self.curve.append((spent["nfe"], spent["seconds"], mean))
 
     def _assemble(self) -> Any:
         found = self._table()

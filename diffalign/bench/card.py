@@ -38,7 +38,9 @@ class EvaluationCard:
     def read(cls, content: Mapping[str, Any]) -> EvaluationCard:
         """A card from the JSON it was written as."""
         known = {f.name for f in dataclasses.fields(cls)}
-        values = {name: tuple(v) if name == "seeds" else v for name, v in content.items() if name in known}
+        values: dict[str, Any] = {
+            name: tuple(v) if name == "seeds" else v for name, v in content.items() if name in known
+        }
         missing = known - values.keys()
         if missing:
             raise ConfigError(f"this evaluation card has no '{min(missing)}'. Measure again with this version.")

@@ -55,7 +55,7 @@ def sample(
     batch: int = 8,
     each: Callable[[Sampled, list[int]], None] = lambda done, new: None,
 ) -> Sampled:
-    """Run `method` (stock, or a drop-in pipeline's name) on every case; `each` hears of the new cases of every batch."""
+    """Run `method` (stock, or a drop-in pipeline's name) on every case; `each` hears of each batch's new cases."""
     done = Sampled(method)
     run = _stock if method == STOCK else _searched
     for some in batched(cases, batch):
@@ -101,13 +101,15 @@ def _searched(
     _add(done, report.budget, cases, fields[key])
     done.reports.append(report)
     for i, best in enumerate(report.best):
-        everything = Score(report.scores.total[i], {k: v[i] for k, v in report.scores.parts.items()}, report.scores.valid[i])
+        everything = Score(
+            report.scores.total[i], {k: v[i] for k, v in report.scores.parts.items()}, report.scores.valid[i]
+        )
         done.scores.append(everything.select(best))
         done.seeds.append([report.seeds[i][k] for k in best.tolist()])
 
 
 def _add(done: Sampled, spent: Mapping[str, float], cases: list[Case], pixels: Tensor) -> None:
     done.cases += cases
-    done.pixels += list(pixels.float().cpu().unflatten(0, (len(cases), -1)))
+    done.pixels += list(pixels.float().cpu().reshape(len(cases), -1, *pixels.shape[1:]))
     for name in COSTS:
         done.spent[name] += spent[name] * len(cases)

@@ -11,11 +11,16 @@ from typing import Any
 import typer
 
 from diffalign.cli import bench, check, demo, generate, ls, score, zoo
-from diffalign.cli.verb import add
+from diffalign.cli.verb import Verb, add
 from diffalign.errors import DiffalignError
 
-_PLAIN = {"add_completion": False, "rich_markup_mode": None, "no_args_is_help": True}
-_PLAIN |= {"context_settings": {"help_option_names": ["-h", "--help"]}}
+_PLAIN: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "no_args_is_help": True,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+_TOP: tuple[type[Verb], ...] = (demo.Demo, generate.Generate, score.ScoreImages, ls.List, check.Check)
 
 ABOUT = """Make the diffusion model you already use follow your intent better, measured.
 
@@ -26,14 +31,14 @@ and --debug; `diffalign VERB --help` teaches by example.
 
 def build_app() -> typer.Typer:
     """All verbs; none of them imports torch before it runs."""
-    app = typer.Typer(name="diffalign", help=ABOUT, **_PLAIN)  # type: ignore[arg-type]
-    for verb in (demo.Demo, generate.Generate, score.ScoreImages, ls.List, check.Check):
+    app = typer.Typer(name="diffalign", help=ABOUT, **_PLAIN)
+    for verb in _TOP:
         add(app, verb)
     for name, about, verbs in (
         ("zoo", "The tiny models that ship with diffalign, and the recipes that rebuild them.", zoo.VERBS),
         ("bench", "Measure diffalign itself.", bench.VERBS),
     ):
-        group = typer.Typer(help=about, **_PLAIN)  # type: ignore[arg-type]
+        group = typer.Typer(help=about, **_PLAIN)
         for verb in verbs:
             add(group, verb)
         app.add_typer(group, name=name)
@@ -84,5 +89,5 @@ def _quiet(debug: bool) -> Iterator[None]:
         yield
 
 
-def _show(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+def _show(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from diffalign.cli.verb import Verb, option
+from diffalign.cli.verb import Opt, Verb
 from diffalign.errors import ConfigError
 
 
@@ -21,9 +21,9 @@ class Seam(Verb):
     """
 
     NAME: ClassVar[str] = "seam"
-    model_ms: float = option(50.0, "How long one call of the model takes, in milliseconds.")
-    steps: int = option(20, "Steps of a rollout.")
-    repeats: int = option(5, "Measurements; the median counts.")
+    model_ms: Annotated[float, Opt("How long one call of the model takes, in milliseconds.")] = 50.0
+    steps: Annotated[int, Opt("Steps of a rollout.")] = 20
+    repeats: Annotated[int, Opt("Measurements; the median counts.")] = 5
 
     def __post_init__(self) -> None:
         for name, value in (("model_ms", self.model_ms), ("steps", self.steps), ("repeats", self.repeats)):

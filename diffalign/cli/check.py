@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from diffalign.cli.model import ModelVerb
-from diffalign.cli.verb import option
+from diffalign.cli.verb import Opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class Check(ModelVerb):
     """
 
     NAME: ClassVar[str] = "check"
-    model: str = option("shapes-sd3", "Embedded model, folder, or hub id.", positional=True)
-    prompt: str = option("two red circles", "What to draw while checking.", flags=["-p"])
+    model: Annotated[str, Opt("Embedded model, folder, or hub id.", positional=True)] = "shapes-sd3"
+    prompt: Annotated[str, Opt("What to draw while checking.", flag="-p")] = "two red circles"
 
     def checked_call(self) -> dict[str, Any]:
         return {"prompt": self.prompt, "num_inference_steps": 4} | self.pipeline_call()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from diffalign.cli.model import PromptVerb
-from diffalign.cli.verb import option
+from diffalign.cli.verb import Opt
 from diffalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,16 +29,17 @@ class Generate(PromptVerb):
     """
 
     NAME: ClassVar[str] = "generate"
-    out: str | None = option("out/generate", "Folder for images, results.jsonl and card.json.")
-    method: str = option("stock", "stock, or a drop-in pipeline: see `diffalign ls pipelines`.")
-    reward: tuple[str, ...] | dict[str, Any] = option(
-        (), "What to select by or just measure: clip, clip:2.0, file.py:name; repeat to add up.", flags=["-r"]
-    )
-    n: int | None = option(None, "Candidates per prompt.")
-    budget: int | None = option(None, "Most NFE per prompt; never exceeded.")
-    top_k: int = option(1, "Images to keep per prompt, best first.")
-    batch: int = option(8, "Prompts in one pipeline call.")
-    cache: str | None = option(None, "SQLite file of scores, so that a repeated run does not score twice.")
+    out: Annotated[str | None, Opt("Folder for images, results.jsonl and card.json.")] = "out/generate"
+    method: Annotated[str, Opt("stock, or a drop-in pipeline: see `diffalign ls pipelines`.")] = "stock"
+    reward: Annotated[
+        tuple[str, ...] | dict[str, Any],
+        Opt("What to select by or just measure: clip, clip:2.0, file.py:name; repeat to add up.", flag="-r"),
+    ] = ()
+    n: Annotated[int | None, Opt("Candidates per prompt.")] = None
+    budget: Annotated[int | None, Opt("Most NFE per prompt; never exceeded.")] = None
+    top_k: Annotated[int, Opt("Images to keep per prompt, best first.")] = 1
+    batch: Annotated[int, Opt("Prompts in one pipeline call.")] = 8
+    cache: Annotated[str | None, Opt("SQLite file of scores, so that a repeated run does not score twice.")] = None
 
     def __post_init__(self) -> None:
         if self.method != "stock" and not self.reward:

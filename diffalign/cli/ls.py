@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from diffalign.cli.verb import Verb, option, shipped_configs
+from diffalign.cli.verb import Opt, Verb, shipped_configs
 
 Rows = list[dict[str, Any]]
 
@@ -24,12 +24,15 @@ class List(Verb):
     """
 
     NAME: ClassVar[str] = "ls"
-    what: Literal["rewards", "pipelines", "models", "configs"] = option(
-        help="rewards, pipelines, models or configs.", positional=True
-    )
+    what: Annotated[
+        Literal["rewards", "pipelines", "models", "configs"],
+        Opt("rewards, pipelines, models or configs.", positional=True),
+    ]
 
     def run(self) -> Rows:
-        listed, notes = {"rewards": _rewards, "pipelines": _pipelines, "models": _models, "configs": _configs}[self.what]()
+        listed, notes = {"rewards": _rewards, "pipelines": _pipelines, "models": _models, "configs": _configs}[
+            self.what
+        ]()
         print_table([row | note for row, note in zip(listed, notes, strict=True)])
         return listed
 

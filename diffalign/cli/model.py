@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from diffalign.cli.verb import Verb, option
+from diffalign.cli.verb import Opt, Verb
 from diffalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,10 +22,14 @@ Split = Literal["heldout", "hard", "train"]
 class ModelVerb(Verb):
     """A verb that runs a pipeline."""
 
-    model: str = option("shapes-sd3", "Embedded model, folder, or hub id.", flags=["-m"])
-    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the fastest here.")
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = option("auto", "auto: float32 on CPU, else bfloat16.")
-    attention: str | None = option(None, "Attention backend: native, xformers, flash, sage ...; checked to take effect.")
+    model: Annotated[str, Opt("Embedded model, folder, or hub id.", flag="-m")] = "shapes-sd3"
+    device: Annotated[str, Opt("cpu, cuda, cuda:1, mps; auto takes the fastest here.")] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], Opt("auto: float32 on CPU, else bfloat16.")] = (
+        "auto"
+    )
+    attention: Annotated[
+        str | None, Opt("Attention backend: native, xformers, flash, sage ...; checked to take effect.")
+    ] = None
     call: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's call, over the model's card
 
     def pipeline_call(self) -> dict[str, Any]:
@@ -74,10 +78,10 @@ class ModelVerb(Verb):
 class PromptVerb(ModelVerb):
     """A verb that runs a pipeline on prompts."""
 
-    prompt: tuple[str, ...] = option((), "A prompt; repeat it for more.", flags=["-p"])
-    prompts: str | None = option(None, "File of prompts: .txt with one a line, or .jsonl with a 'prompt'.")
-    split: Split | None = option(None, "Prompt set of the shapes world.")
-    limit: int | None = option(None, "Use only the first so many prompts.")
+    prompt: Annotated[tuple[str, ...], Opt("A prompt; repeat it for more.", flag="-p")] = ()
+    prompts: Annotated[str | None, Opt("File of prompts: .txt with one a line, or .jsonl with a 'prompt'.")] = None
+    split: Annotated[Split | None, Opt("Prompt set of the shapes world.")] = None
+    limit: Annotated[int | None, Opt("Use only the first so many prompts.")] = None
 
     def cases(self) -> list[Case]:
         """What is asked, each case with its seed."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from diffalign.cli.verb import Verb, option
+from diffalign.cli.verb import Opt, Verb
 from diffalign.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ class ScoreImages(Verb):
     """
 
     NAME: ClassVar[str] = "score"
-    images: str = option(help="File or folder of images.", positional=True)
-    reward: tuple[str, ...] | dict[str, Any] = option(("clip",), "Reward; repeat for more columns.", flags=["-r"])
-    prompt: str | None = option(None, "One prompt for every image.", flags=["-p"])
-    prompts: str | None = option(None, "File with one prompt per image, in the order of their names.")
-    out: str | None = option("out/score", "Folder for scores.jsonl.")
-    batch: int = option(16, "Images scored at once.")
-    device: str = option("cpu", "Where rewards run.")
-    cache: str | None = option(None, "SQLite file of scores; a run that was stopped continues where it was.")
+    images: Annotated[str, Opt("File or folder of images.", positional=True)]
+    reward: Annotated[tuple[str, ...] | dict[str, Any], Opt("Reward; repeat for more columns.", flag="-r")] = ("clip",)
+    prompt: Annotated[str | None, Opt("One prompt for every image.", flag="-p")] = None
+    prompts: Annotated[str | None, Opt("File with one prompt per image, in the order of their names.")] = None
+    out: Annotated[str | None, Opt("Folder for scores.jsonl.")] = "out/score"
+    batch: Annotated[int, Opt("Images scored at once.")] = 16
+    device: Annotated[str, Opt("Where rewards run.")] = "cpu"
+    cache: Annotated[str | None, Opt("SQLite file of scores; a run that was stopped continues where it was.")] = None
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -81,7 +81,9 @@ class ScoreImages(Verb):
         if self.prompts is not None:
             cases = read_cases(self.prompts)
             if len(cases) != len(files):
-                raise ConfigError(f"'{self.prompts}' has {len(cases)} prompts for {len(files)} images; give one for each.")
+                raise ConfigError(
+                    f"'{self.prompts}' has {len(cases)} prompts for {len(files)} images; give one for each."
+                )
             return list(zip(files, cases, strict=True))
         return [(file, Case(prompt=self.prompt if self.prompt is not None else _beside(file))) for file in files]
 
@@ -124,7 +126,9 @@ def _each(spec: Any) -> list[Any]:
     return list(getattr(made, "rewards", [made]))
 
 
-def _score_batch(rewards: list[Any], pairs: list[tuple[Path, Case]], rows: list[dict[str, Any]], cache: Any, device: str) -> None:
+def _score_batch(
+    rewards: list[Any], pairs: list[tuple[Path, Case]], rows: list[dict[str, Any]], cache: Any, device: str
+) -> None:
     """Fill in `rows` for these images; sizes may differ, so each size is scored on its own."""
     import torch
 

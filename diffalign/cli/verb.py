@@ -7,8 +7,8 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
@@ -19,9 +19,13 @@ from diffalign.errors import ConfigError
 _OVERRIDE = re.compile(r"^[A-Za-z_][\w.]*=")
 
 
-def option(default: Any = MISSING, help: str = "", *, flags: Sequence[str] = (), positional: bool = False) -> Any:
-    """A field that is also an option; `positional` takes the first plain words of the command line."""
-    return field(default=default, metadata={"help": help, "flags": tuple(flags), "positional": positional})
+@dataclass(frozen=True)
+class Opt:
+    """Marks a field as an option; `positional` takes the first plain words of the command line."""
+
+    help: str
+    flag: str = ""  # a short form, such as -n
+    positional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +33,8 @@ class Verb:
     """What every verb has."""
 
     NAME: ClassVar[str]  # what people type
-    seed: int = option(0, "Seed of everything drawn here.")
-    out: str | None = option(None, "Folder for what is written.")
+    seed: Annotated[int, Opt("Seed of everything drawn here.")] = 0
+    out: Annotated[str | None, Opt("Folder for what is written.")] = None
 
     def run(self) -> Any:
         """Do the work, print it for people, and give back what --json writes."""
@@ -47,8 +51,9 @@ def add(app: typer.Typer, verb: type[Verb]) -> None:
 
 
 def _command(verb: type[Verb]) -> Any:
-    hints = typing.get_type_hints(verb)
-    given = [f for f in dataclasses.fields(verb) if not f.metadata.get("positional") and _kind(hints[f.name])]
+    options = _options(verb)
+    named = [_parameter(f, hint, opt) for f, hint, opt in options if not opt.positional]
+    placed = [(f, opt) for f, _, opt in options if opt.positional]
 
     def command(**values: Any) -> int:
         words: list[str] = values.pop("words") or []
@@ -56,19 +61,30 @@ def _command(verb: type[Verb]) -> Any:
         asked = {name: value for name, value in values.items() if value not in (None, [], ())}
         return _execute(verb, asked, words, shared)
 
-    parameters = [_parameter(f, hints[f.name]) for f in given]
-    parameters += [_shared(*row) for row in _SHARED]
-    names = " ".join(f"[{f.name.upper()}]" for f in dataclasses.fields(verb) if f.metadata.get("positional"))
-    metavar = f"{names} [KEY=VALUE]...".strip()
-    words = Annotated[list[str] | None, typer.Argument(metavar=metavar, help="Overrides, such as call.guidance_scale=4.")]
+    about = " ".join(f"{f.name.upper()}: {opt.help}" for f, opt in placed)
+    about = f"{about} Then settings by name, such as seed=1.".strip()
+    metavar = " ".join([*(f"[{f.name.upper()}]" for f, _ in placed), "[KEY=VALUE]..."])
+    words = Annotated[list[str] | None, typer.Argument(metavar=metavar, help=about)]
+    parameters = [*named, *(_shared(*row) for row in _SHARED)]
     parameters.append(inspect.Parameter("words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=words))
     command.__dict__["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
 
+def _options(verb: type[Verb]) -> list[tuple[dataclasses.Field[Any], Any, Opt]]:
+    """Every field that is an option, with its type; the verb's own first."""
+    hints = typing.get_type_hints(verb, include_extras=True)
+    found = []
+    for f in dataclasses.fields(verb):
+        extras = getattr(hints[f.name], "__metadata__", ())
+        if extras and isinstance(extras[0], Opt):
+            found.append((f, hints[f.name].__origin__, extras[0]))
+    return sorted(found, key=lambda row: row[0].name in ("seed", "out"))
+
+
 _SHARED: list[tuple[str, Any, Any, list[str], str]] = [
-    ("config", str | None, None, ["--config", "-c"], "YAML file of settings, or the name of a shipped one."),
+    ("config", str | None, None, ["--config", "-c"], "Settings from a YAML file, or a shipped one by name."),
     ("dry_run", bool, False, ["--dry-run"], "Show the resolved settings and the cost; run nothing."),
     ("json_file", str | None, None, ["--json"], "Also write the result as JSON to this file."),
     ("debug", bool, False, ["--debug"], "Show the traceback of an error."),
@@ -76,32 +92,31 @@ _SHARED: list[tuple[str, Any, Any, list[str], str]] = [
 
 
 def _shared(name: str, kind: Any, default: Any, flags: list[str], text: str) -> inspect.Parameter:
-    annotation = Annotated[kind, typer.Option(*flags, help=text)]
+    metavar = None if kind is bool else "FILE"
+    annotation = Annotated[kind, typer.Option(*flags, help=text, metavar=metavar)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _parameter(f: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+def _parameter(f: dataclasses.Field[Any], hint: Any, opt: Opt) -> inspect.Parameter:
     """The option of one field; unset is None, so that a config file may speak."""
     kind, metavar = _kind(hint)
     name = f"--{f.name.replace('_', '-')}"
-    flags = [f"{name}/--no-{name[2:]}"] if kind is bool else [name, *f.metadata.get("flags", ())]
-    shown = f" [default: {_shown(f.default)}]" if f.default not in (None, (), MISSING, "") else ""
-    about = typer.Option(*flags, help=f.metadata.get("help", "") + shown, metavar=metavar, show_default=False)
-    annotation = Annotated[kind | None, about]
+    flags = [f"{name}/--no-{name[2:]}"] if kind is bool else [name, *([opt.flag] if opt.flag else [])]
+    shown = f" [default: {_shown(f.default)}]" if f.default not in (None, (), MISSING) else ""
+    about = typer.Option(*flags, help=opt.help + shown, metavar=metavar, show_default=False)
+    annotation = Annotated[kind | None, about]  # type: ignore[valid-type]
     return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _kind(hint: Any) -> tuple[Any, str | None] | None:
-    """The option type of a field's type, and what to call its value; None for what only YAML can say."""
+def _kind(hint: Any) -> tuple[Any, str | None]:
+    """The option type of a field's type, and what its value is called."""
     parts = [part for part in (get_args(hint) if _is_union(hint) else (hint,)) if part is not type(None)]
-    for part in parts:
-        if get_origin(part) is typing.Literal:
-            return str, "|".join(map(str, get_args(part)))
-        if part in (str, int, float, bool):
-            return part, None
-        if get_origin(part) is tuple:
-            return list[str], None
-    return None
+    first = parts[0]
+    if get_origin(first) is typing.Literal:
+        return str, "|".join(map(str, get_args(first)))
+    if get_origin(first) is tuple:
+        return list[str], "TEXT"
+    return first, {int: "N", float: "X", str: "TEXT"}.get(first)
 
 
 def _is_union(hint: Any) -> bool:
@@ -109,6 +124,8 @@ def _is_union(hint: Any) -> bool:
 
 
 def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return " ".join(map(str, default))
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
@@ -132,18 +149,20 @@ def _settings(verb: type[Verb], asked: dict[str, Any], words: list[str], file: s
     """Defaults, then the config file, then options, then trailing overrides."""
     from diffalign import config
 
-    positional = [f.name for f in dataclasses.fields(verb) if f.metadata.get("positional")]
+    positional = {f.name: opt.help for f, _, opt in _options(verb) if opt.positional}
     overrides = [word for word in words if _OVERRIDE.match(word)]
     plain = [word for word in words if not _OVERRIDE.match(word)]
     if len(plain) > len(positional):
-        extra = plain[len(positional)]
-        raise ConfigError(f"'{extra}' is not understood. Settings are --options or key=value; see --help.")
+        raise ConfigError(
+            f"'{plain[len(positional)]}' is not understood. Settings are --options or key=value; see --help."
+        )
     content = dict(read_config(file)) if file else {}
     content |= {name: tuple(v) if isinstance(v, list) else v for name, v in asked.items()}
     content |= dict(zip(positional, plain, strict=False))
-    for f in dataclasses.fields(verb):
-        if f.metadata.get("positional") and f.default is MISSING and f.name not in content:
-            raise ConfigError(f"{f.name.upper()} is missing: {f.metadata['help']} See --help.")
+    required = {f.name for f in dataclasses.fields(verb) if f.default is MISSING and f.default_factory is MISSING}
+    for name, about in positional.items():
+        if name in required and name not in content:
+            raise ConfigError(f"{name.upper()} is missing: {about} See --help.")
     return config.build(verb, content, overrides)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from diffalign.cli.verb import Verb, option
+from diffalign.cli.verb import Opt, Verb
 from diffalign.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ class ZooShow(Verb):
     """
 
     NAME: ClassVar[str] = "show"
-    name: str = option(help="An embedded model.", positional=True)
+    name: Annotated[str, Opt("An embedded model.", positional=True)]
 
     def run(self) -> dict[str, Any]:
         import yaml
@@ -60,8 +60,8 @@ class ZooMeasure(Verb):
     """
 
     NAME: ClassVar[str] = "measure"
-    name: str = option(help="An embedded model.", positional=True)
-    n: int = option(200, "Prompts to draw.")
+    name: Annotated[str, Opt("An embedded model.", positional=True)]
+    n: Annotated[int, Opt("Prompts to draw.")] = 200
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -93,7 +93,7 @@ class ZooBuild(Verb):
     """
 
     NAME: ClassVar[str] = "build"
-    name: str = option(help="An embedded model.", positional=True)
+    name: Annotated[str, Opt("An embedded model.", positional=True)]
 
     def folder(self) -> str:
         return self.out or f"out/zoo/{self.name}"
