@@ -41,3 +41,11 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
             return real(self, address)
 
         monkeypatch.setattr(socket.socket, name, guarded)
+    look_up = socket.getaddrinfo
+
+    def local_names(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host not in (None, "", b"") and not _is_local((host if isinstance(host, str) else host.decode(),)):
+            raise socket.gaierror(f"a test reached for the network: {host}")
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", local_names)
