@@ -86,3 +86,15 @@ def test_an_installed_reward_is_found_and_its_broken_neighbour_only_warns(instal
     assert "a_package_nobody_has" in warning
     assert told["total"] == pytest.approx([0.75, 0.75])
     assert told["parts"] == ["brightness", "redness", "registered"]
+
+
+def test_the_command_line_lists_an_installed_reward(installed: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    code = "from diffalign.cli import main; raise SystemExit(main(['ls', 'rewards', '--json', 'rows.json']))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "a_package_nobody_has" in ran.stderr
+    (row,) = [row for row in json.loads((tmp_path / "rows.json").read_text()) if row["name"] == "redness"]
+    assert row == {"name": "redness", "modality": "image", "differentiable": True, "range": [0, 1], "installable": True}
