@@ -91,7 +91,7 @@ def _set(pipe: Any, backend: str) -> Callable[[], None]:
 
     try:
         for model in models.values():
-            _switch(model, backend)
+            _switch(model, backend, getattr(pipe, "_execution_device", None))  # an offloaded model runs elsewhere
             handles += _watch_first_forward(model, backend, undo)
     except BaseException:
         undo()
@@ -104,13 +104,15 @@ def _processors(model: nn.Module) -> list[_Saved]:
     return [_Saved(m, m.processor, getattr(m.processor, "_attention_backend", None)) for m in owners]
 
 
-def _switch(model: Any, backend: str) -> None:
+def _switch(model: Any, backend: str, device: torch.device | None) -> None:
     """Set one denoiser, by whichever of the two ways it has."""
+    sample = next(p for p in model.parameters() if p.is_floating_point())
+    query = torch.zeros(1, 16, 2, 64, device=device or sample.device, dtype=sample.dtype)  # (B, tokens, heads, width)
     dispatches = any(hasattr(kept.processor, "_attention_backend") for kept in _processors(model))
     try:
         if dispatches:
             model.set_attention_backend(backend)
-            _try_kernel(model, backend)
+            _try_kernel(query, backend)
         elif backend == "xformers":
             model.set_use_memory_efficient_attention_xformers(True)
         elif backend != "native":  # native is what such a model does anyway
@@ -121,21 +123,16 @@ def _switch(model: Any, backend: str) -> None:
         reason = str(e).strip().partition("\n")[0]
         raise ModelError(
             f"attention backend '{backend}' does not run here: {reason} "
-            f"(device {_first(model).device}, dtype {_first(model).dtype}). Use --attention native."
+            f"(device {query.device}, dtype {query.dtype}). Use --attention native."
         ) from e
 
 
-def _try_kernel(model: nn.Module, backend: str) -> None:
+def _try_kernel(query: torch.Tensor, backend: str) -> None:
     """One small call, so that a wrong device or dtype shows before the model runs."""
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-    query = _first(model).new_zeros(1, 16, 2, 64)  # (B, tokens, heads, width)
     with torch.no_grad():
         dispatch_attention_fn(query, query, query, backend=AttentionBackendName(backend))
-
-
-def _first(model: nn.Module) -> torch.Tensor:
-    return next(p for p in model.parameters() if p.is_floating_point())
 
 
 def _watch_first_forward(model: nn.Module, backend: str, undo: Callable[[], None]) -> list[Any]:

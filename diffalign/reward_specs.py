@@ -24,6 +24,8 @@ def parse_spec(spec: Any) -> list[Weighted]:
         return [(_make(registry.find_reward(name), name, {}), weight)]
     if isinstance(spec, Mapping):
         found = [_from_entry(str(name), entry) for name, entry in spec.items()]
+    elif isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[1], int | float):
+        found = [(reward, weight * _weight(spec[1], reward.name)) for reward, weight in parse_spec(spec[0])]
     elif isinstance(spec, list | tuple):
         found = [pair for part in spec for pair in parse_spec(part)]
     elif callable(spec):

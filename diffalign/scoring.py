@@ -160,7 +160,7 @@ def require_gradient(reward: Reward, who: str) -> None:
 
 
 def make_reward(spec: Any) -> Reward:
-    """A reward from an object, a callable, `clip:2.0`, `file.py:name`, a mapping with options, or a list."""
+    """A reward from an object, a callable, `clip:2.0`, `file.py:name`, (reward, weight), a mapping, or a list."""
     from diffalign.reward_specs import parse_spec
 
     weighted = parse_spec(spec)

@@ -200,6 +200,17 @@ def test_an_object_that_follows_the_protocol_is_used_as_it_is() -> None:
     assert isinstance(reward, Reward)
     assert make_reward(reward) is reward
     assert make_reward(Wordy).name == "wordy"
+    both = make_reward(["brightness", (Wordy(), 2)])
+    assert make_reward(both) is both
+
+
+def test_a_function_gets_its_weight_in_a_pair() -> None:
+    def dark(media: Tensor, cases: Sequence[Case]) -> Tensor:
+        return 1 - media.mean((1, 2, 3))
+
+    media = media_of(2)
+    found = score(make_reward([(dark, 0.5), ("brightness:2", 0.5)]), media, cases_of(2))
+    assert torch.allclose(found.total, 0.5 * found.parts["dark"] + found.parts["brightness"])
 
 
 def test_a_frozen_dataclass_takes_options_and_an_alias() -> None:
