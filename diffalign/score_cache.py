@@ -60,6 +60,7 @@ class ScoreCache:
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """One connection per use: nothing to share across threads or a fork."""
+        inode = self._inode()
         try:
             with contextlib.closing(self._connect()) as db:
                 yield db
@@ -68,9 +69,10 @@ class ScoreCache:
                 f"cannot use the score cache '{self.path}': {e}. Give another path, or run without a cache."
             ) from e
         except sqlite3.DatabaseError as e:
-            self._set_aside(e)
+            self._set_aside(e, inode)
 
     def _connect(self) -> sqlite3.Connection:
+        inode = self._inode()
         db = sqlite3.connect(self.path, timeout=60.0)
         try:
             db.execute("PRAGMA journal_mode=WAL")
@@ -82,14 +84,22 @@ class ScoreCache:
             raise
         except sqlite3.DatabaseError as e:
             db.close()
-            self._set_aside(e)
+            self._set_aside(e, inode)
         return self._connect()
 
     def _read(self, db: sqlite3.Connection, key: str) -> Row | None:
         found = db.execute("SELECT total, parts FROM scores_1 WHERE key = ?", (key,)).fetchone()
-        return (float(found[0]), json.loads(found[1])) if found else None
+        with contextlib.suppress(TypeError, ValueError):  # a row with damaged content counts as absent
+            return (float(found[0]), {str(name): float(part) for name, part in json.loads(found[1]).items()})
+        return None
 
-    def _set_aside(self, error: Exception) -> None:
+    def _inode(self) -> int | None:
+        return self.path.stat().st_ino if self.path.exists() else None
+
+    def _set_aside(self, error: Exception, inode: int | None) -> None:
+        """Move the unreadable file away, unless another process has replaced it in the meantime."""
+        if self._inode() != inode:
+            return
         aside = self.path.with_name(self.path.name + ".unreadable")
         try:
             self.path.replace(aside)

@@ -189,3 +189,24 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
     assert len(ScoreCache(tmp_path / "c.sqlite")) == 4 * 20 + 20
     with sqlite3.connect(tmp_path / "c.sqlite") as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_several_processes_meet_one_unreadable_file(tmp_path: Path) -> None:
+    (tmp_path / "c.sqlite").write_bytes(b"not a database, " * 400)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_write, args=(tmp_path / "c.sqlite", who)) for who in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [p.exitcode for p in processes] == [0] * 4
+    assert len(ScoreCache(tmp_path / "c.sqlite")) >= 60
+
+
+def test_a_row_with_damaged_content_is_scored_again(cache: ScoreCache) -> None:
+    fresh = score(Counting(), MEDIA, CASES, cache=cache)
+    with sqlite3.connect(cache.path) as db:
+        db.execute("UPDATE scores_1 SET parts = '{\"twice\": '")
+    reward = Counting()
+    assert torch.equal(score(reward, MEDIA, CASES, cache=cache).total, fresh.total)
+    assert reward.rows == 4
