@@ -1,4 +1,4 @@
-"""The arguments of a stock call: built from cases, counted, and narrowed to some rows. Part of the seam with `drive`."""
+"""The arguments of a stock call: built from cases, counted, narrowed to some rows. Part of the seam with `drive`."""
 
 from __future__ import annotations
 
@@ -41,9 +41,13 @@ def clean(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     unknown = [k for k in call if k not in known]
     if unknown and not open_ended:
-        raise ConfigError(f"{type(pipe).__name__} takes no argument '{unknown[0]}'. It takes: {', '.join(list(known)[1:])}.")
+        raise ConfigError(
+            f"{type(pipe).__name__} takes no argument '{unknown[0]}'. It takes: {', '.join(list(known)[1:])}."
+        )
     if call.get("num_images_per_prompt", 1) not in (1, None):
-        raise ConfigError("num_images_per_prompt must be 1 here: give each image its own case, so that it owns its seed.")
+        raise ConfigError(
+            "num_images_per_prompt must be 1 here: give each image its own case, so that it owns its seed."
+        )
     return {k: v for k, v in call.items() if k not in OURS and not k.startswith("callback")}
 
 
@@ -65,7 +69,7 @@ def batch_of(call: Mapping[str, Any]) -> int:
     """How many cases a stock call asks for."""
     for name in ("prompt", "prompt_embeds", "image"):
         value = call.get(name)
-        if isinstance(value, list | tuple) or isinstance(value, Tensor):
+        if isinstance(value, list | tuple | Tensor):
             return len(value)
         if value is not None:
             return 1

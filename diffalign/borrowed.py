@@ -15,7 +15,11 @@ def temporary_lora(module: nn.Module, *, rank: int = 2) -> Iterator[int]:
     """A random LoRA on up to eight linear layers of `module`; yields how many took one."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and any(p in n for p in ("attn", "to_q", "ff", "proj"))][:8]
+    names = [
+        n
+        for n, m in module.named_modules()
+        if isinstance(m, nn.Linear) and any(p in n for p in ("attn", "to_q", "ff", "proj"))
+    ][:8]
     names = names or [n for n, m in module.named_modules() if isinstance(m, nn.Linear)][:8]
     children = {p: dict(m.named_children()) for p, m in module.named_modules()}
     own = dict(vars(module))
@@ -54,7 +58,7 @@ def _at(root: nn.Module, path: str, children: dict[str, dict[str, nn.Module]]) -
 
 @contextmanager
 def offload_hooks(pipe: Any) -> Iterator[dict[str, int]]:
-    """Accelerate's model-offload hooks on every component, as `enable_model_cpu_offload` sets them; yields runs by component."""
+    """Model-offload hooks on every component, as `enable_model_cpu_offload` sets them; yields runs by component."""
     from accelerate import cpu_offload_with_hook
     from accelerate.hooks import remove_hook_from_module
 

@@ -1,4 +1,6 @@
-"""One budget unit for every method: denoiser rows, decodes, reward calls and seconds, per prompt, counted and limited."""
+"""One budget unit for every method: denoiser rows, decodes, reward calls and seconds, per prompt, counted and
+limited.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Limits:
         for f in fields(self):
             value = getattr(self, f.name)
             if value is not None and not value > 0:
-                raise ConfigError(f"budget.{f.name} is {value}, but a budget must be above 0. Leave it out for no limit.")
+                raise ConfigError(
+                    f"budget.{f.name} is {value}, but a budget must be above 0. Leave it out for no limit."
+                )
 
 
 class Budget:
@@ -50,7 +54,9 @@ class Budget:
     def allows(self, *, nfe: int = 0, decodes: int = 0, reward_calls: int = 0, seconds: float = 0.0) -> bool:
         """Whether that much more, summed over all prompts, still fits every limit."""
         more = {"nfe": nfe, "decodes": decodes, "reward_calls": reward_calls, "seconds": seconds}
-        return all(limit is None or getattr(self, name) + more[name] <= limit * self.prompts for name, limit in self._limits())
+        return all(
+            limit is None or getattr(self, name) + more[name] <= limit * self.prompts for name, limit in self._limits()
+        )
 
     def require(self, **cost: int) -> None:
         """Raise unless `cost` fits, naming the limit that is too small."""

@@ -30,13 +30,15 @@ class Case:
 
 
 def read_cases(path: str | Path, *, seed: int = 0) -> list[Case]:
-    """Cases from a text file (one prompt a line) or JSONL (`prompt`, optional `seed`, `metadata`); line k gets seed + k."""
+    """Cases from a text file (a prompt a line) or JSONL (`prompt`, optional `seed`, `metadata`); line k gets seed + k."""
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"cannot read prompts from '{path}': {e}. Give a .txt (one prompt a line) or .jsonl file.") from e
-    cases = []
+        raise ConfigError(
+            f"cannot read prompts from '{path}': {e}. Give a .txt (one prompt a line) or .jsonl file."
+        ) from e
+    cases: list[Case] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             cases.append(_parse(line, path, number, seed + len(cases)))
@@ -51,7 +53,9 @@ def _parse(line: str, path: Path, number: int, seed: int) -> Case:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as e:
-        raise ConfigError(f"{path}:{number} is not JSON ({e}). Each line of a .jsonl file is one object with a 'prompt'.") from e
+        raise ConfigError(
+            f"{path}:{number} is not JSON ({e}). Each line of a .jsonl file is one object with a 'prompt'."
+        ) from e
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ConfigError(f"{path}:{number} has no text under 'prompt': {line[:80]}")
     known = {"prompt", "seed", "metadata"}

@@ -1,7 +1,8 @@
-"""Does the seam hold on this pipeline? One verdict per capability, with the largest error, before anybody trusts us with it.
+"""Does the seam hold on this pipeline? One verdict per capability, with the largest error, before anybody trusts us
+with it.
 
-Everything is compared with a recorded stock run of the same seeds. Errors are absolute differences; a stock pipeline that does not
-repeat itself bit for bit on this device sets the tolerance.
+Everything is compared with a recorded stock run of the same seeds. Errors are absolute differences; a stock pipeline
+that does not repeat itself bit for bit on this device sets the tolerance.
 """
 
 from __future__ import annotations
@@ -22,7 +23,20 @@ from diffalign.errors import DiffalignError, SeamError
 from diffalign.noise import ddim
 from diffalign.snapshot import differences, snapshot
 
-CAPABILITIES = ("schedule", "predict", "index", "guidance", "gradient", "rollout", "mid-chain", "decode", "replay", "restore", "adapters", "offload")  # fmt: skip
+CAPABILITIES = (
+    "schedule",
+    "predict",
+    "index",
+    "guidance",
+    "gradient",
+    "rollout",
+    "mid-chain",
+    "decode",
+    "replay",
+    "restore",
+    "adapters",
+    "offload",
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,10 @@ class Conformance:
 
     def table(self) -> str:
         """The human-readable form, one line per capability."""
-        rows = [f"{k:<10} {'pass' if c.ok else 'FAIL'}  {_number(c.error):>8}  {c.reason}".rstrip() for k, c in self.capabilities.items()]
+        rows = [
+            f"{k:<10} {'pass' if c.ok else 'FAIL'}  {_number(c.error):>8}  {c.reason}".rstrip()
+            for k, c in self.capabilities.items()
+        ]
         return "\n".join([self.pipeline, *rows])
 
 
@@ -121,7 +138,9 @@ class Trial:
         self.driver = self.new_driver()
         again = self.record(self.call)
         self.deterministic = float("nan")  # our DDIM steps against the stock image
-        self.floor = max([difference(self.stock.media, again.media), *map(difference, self.stock.predictions, again.predictions)])
+        self.floor = max(
+            [difference(self.stock.media, again.media), *map(difference, self.stock.predictions, again.predictions)]
+        )
 
     def new_driver(self, **changed: Any) -> Driver:
         with self._same_stray_noise():
@@ -158,7 +177,12 @@ class Trial:
         driver = getattr(self, "driver", None) or self.new_driver()
         generators = [torch.Generator("cpu").manual_seed(s) for s in driver.seeds]
         given = {k: list(v) if isinstance(v, list) else v for k, v in call.items()}
-        return {**given, "generator": generators if len(generators) > 1 else generators[0], "output_type": "pt", "return_dict": False}
+        return {
+            **given,
+            "generator": generators if len(generators) > 1 else generators[0],
+            "output_type": "pt",
+            "return_dict": False,
+        }
 
     def verdict(self, error: float, reason: str = "") -> Capability:
         return Capability(error <= self.floor, error, reason)
@@ -168,19 +192,27 @@ class Trial:
     def schedule(self) -> Capability:
         ours, theirs = self.driver.timesteps, self.stock.timesteps
         if len(ours) != len(theirs):
-            return Capability(False, None, f"the loop walks over {len(ours)} timesteps, the stock scheduler is asked for {len(theirs)}")
+            return Capability(
+                False,
+                None,
+                f"the loop walks over {len(ours)} timesteps, the stock scheduler is asked for {len(theirs)}",
+            )
         error = max(abs(float(a) - float(torch.as_tensor(b).flatten()[0])) for a, b in zip(ours, theirs, strict=True))
         return self.verdict(error, f"{len(ours)} steps")
 
     def predict(self) -> Capability:
-        error = max(difference(self.driver.predict(x, i), self.stock.predictions[i]) for i, x in enumerate(self.stock.samples))
+        error = max(
+            difference(self.driver.predict(x, i), self.stock.predictions[i]) for i, x in enumerate(self.stock.samples)
+        )
         return self.verdict(max(error, difference(self.driver.start(), self.stock.samples[0])))
 
     def index(self) -> Capability:
         driver = self.new_driver()
         order = reversed(list(enumerate(self.stock.samples)))
         error = max(difference(driver.predict(x, i), self.stock.predictions[i]) for i, x in order)
-        return self.verdict(error, "through blank iterations" if driver._hides_index else "through the loop's enumerate")
+        return self.verdict(
+            error, "through blank iterations" if driver._hides_index else "through the loop's enumerate"
+        )
 
     def guidance(self) -> Capability:
         name = next((n for n in ("guidance_scale", "true_cfg_scale") if n in self.call), "guidance_scale")
@@ -207,11 +239,15 @@ class Trial:
             same = difference(grad_call(self.pipe, **self._stock_arguments(self.call))[0], self.stock.media)
         along = float((slope.double() * direction).sum())
         relative = self._slope_error(x.detach(), direction, weights, along)
-        reason = f"directional derivative within {relative:.1e} of differences; error: image with gradients against stock"
-        return Capability(relative < 0.05 and same <= max(self.floor, 1e-5), same, reason)  # torch may pick other kernels in grad mode
+        reason = (
+            f"directional derivative within {relative:.1e} of differences; error: image with gradients against stock"
+        )
+        return Capability(
+            relative < 0.05 and same <= max(self.floor, 1e-5), same, reason
+        )  # torch may pick other kernels in grad mode
 
     def _slope_error(self, x: Tensor, direction: Tensor, weights: Tensor, along: float) -> float:
-        """Relative gap between autograd and central differences, at the best of three step sizes; low precision has none."""
+        """Relative gap between autograd and central differences, best of three step sizes; low precision has none."""
         if x.dtype in (torch.float16, torch.bfloat16):
             return 0.0
         gaps = []
@@ -223,7 +259,9 @@ class Trial:
     def rollout(self) -> Capability:
         error = difference(self.driver.rollout(quiet=True).media, self.stock.media)
         self.deterministic = difference(self.driver.rollout(ddim(0.0), quiet=True).media, self.stock.media)
-        return self.verdict(error, f"our deterministic steps differ from the stock sampler's image by {self.deterministic:.1e}")
+        return self.verdict(
+            error, f"our deterministic steps differ from the stock sampler's image by {self.deterministic:.1e}"
+        )
 
     def mid_chain(self) -> Capability:
         middle, kernel = self.driver.length // 2, ddim(0.5)
@@ -239,7 +277,10 @@ class Trial:
         kernel = ddim(0.5)
         walk = self.driver.rollout(kernel, quiet=True)
         assert walk.log_probs is not None
-        return self.verdict(difference(self.driver.replay(walk, kernel, grad=False), walk.log_probs), "log-densities, replayed in one call")
+        return self.verdict(
+            difference(self.driver.replay(walk, kernel, grad=False), walk.log_probs),
+            "log-densities, replayed in one call",
+        )
 
     def restore(self) -> Capability:
         changed = differences(self.before, snapshot(self.pipe))
@@ -250,7 +291,9 @@ class Trial:
         else:
             return Capability(False, None, "NaN latents went through without an error")
         changed += differences(self.before, snapshot(self.pipe))
-        return Capability(not changed, None, f"changed: {', '.join(changed[:5])}" if changed else "also after a call that raised")
+        return Capability(
+            not changed, None, f"changed: {', '.join(changed[:5])}" if changed else "also after a call that raised"
+        )
 
     def adapters(self) -> Capability:
         module = self.driver.modules[self.driver.denoiser or ""]
@@ -271,7 +314,9 @@ class Trial:
     def offload(self) -> Capability:
         driver = self.new_driver()
         with offload_hooks(self.pipe) as entries:
-            error = max(difference(driver.predict(x, i), self.stock.predictions[i]) for i, x in enumerate(self.stock.samples))
+            error = max(
+                difference(driver.predict(x, i), self.stock.predictions[i]) for i, x in enumerate(self.stock.samples)
+            )
             error = max(error, difference(driver.rollout(quiet=True).media, self.stock.media))
             driver.close()
         heavy = {k: n for k, n in entries.items() if "text_encoder" in k}

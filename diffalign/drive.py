@@ -1,9 +1,10 @@
-"""Any diffusers pipeline as a denoiser: schedule, prediction at the true loop index, rollouts, decoding, gradients, replay.
+"""Any diffusers pipeline as a denoiser: schedule, prediction at the true loop index, rollouts, decoding, gradients,
+replay.
 
-A `Driver` runs the stock call with a stand-in scheduler (`standin`), tapped components (`tap`) and our own loop control
-(`looping`); these files with `arguments` are the only ones that know how a stock pipeline is called, and nothing in them names
-a model family. What a pipeline computes before its loop from unchanged inputs is computed once for as long as the driver
-lives. After every call, also one that raised, the pipeline is as it was.
+A `Driver` runs the stock call with a stand-in scheduler (`standin`), tapped components (`tap`) and our own loop
+control (`looping`); these files with `arguments` are the only ones that know how a stock pipeline is called, and
+nothing in them names a model family. What a pipeline computes before its loop from unchanged inputs is computed once
+for as long as the driver lives. After every call, also one that raised, the pipeline is as it was.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = ["Driver", "Trajectory", "grad_call", "metered", "undecorated"]
 
 @dataclass
 class Trajectory:
-    """A stored walk: step start + k goes from latents[k] to moves[k]; the loop itself may change a move before the next step."""
+    """A stored walk: step start + k goes from latents[k] to moves[k]; the loop itself may change a move after that."""
 
     latents: list[Tensor]  # (steps + 1) x (B, ...), as the steps saw them; the last is what the last step gave
     timesteps: Tensor  # (steps,)
@@ -75,7 +76,9 @@ class Driver(Loop):
         like = self.start()
         scheduler = self._native_scheduler()
         if len(self.timesteps) < len(scheduler.timesteps):
-            raise SeamError(f"{type(self.pipe).__name__} starts from an image, not from pure noise. Vary the cases' seeds instead.")
+            raise SeamError(
+                f"{type(self.pipe).__name__} starts from an image, not from pure noise. Vary the cases' seeds instead."
+            )
         return (noise.to(like) * float(getattr(scheduler, "init_noise_sigma", 1.0))).to(like.dtype)
 
     def predict(self, x: Tensor, i: int, *, grad: bool = False) -> Tensor:
@@ -97,14 +100,24 @@ class Driver(Loop):
         return self.levels.denoised(x, prediction, i)
 
     def rollout(
-        self, kernel: Kernel | None = None, *, x: Tensor | None = None, start: int = 0, stop: int | None = None, grad: bool = False,
-        convention: Convention = "sum", noise: Callable[[int, Tensor], Tensor] | None = None, output_type: str = "pt",
-        keep_predictions: bool = False, callback: Any = None, quiet: bool = False,
-    ) -> Trajectory:  # fmt: skip
-        """One stock call from level `start` to media; `kernel` draws our transitions, None keeps the stock scheduler's steps.
+        self,
+        kernel: Kernel | None = None,
+        *,
+        x: Tensor | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        grad: bool = False,
+        convention: Convention = "sum",
+        noise: Callable[[int, Tensor], Tensor] | None = None,
+        output_type: str = "pt",
+        keep_predictions: bool = False,
+        callback: Any = None,
+        quiet: bool = False,
+    ) -> Trajectory:
+        """One stock call from level `start` to media; `kernel` draws our transitions, None keeps the stock steps.
 
-        `noise(i, like)` gives the standard normals of step i; by default each case draws its own. With `stop` the walk ends at
-        that level and its media are what the pipeline decodes there.
+        `noise(i, like)` gives the standard normals of step i; by default each case draws its own. With `stop` the
+        walk ends at that level and its media are what the pipeline decodes there.
         """
         if x is None and start > 0:
             raise SeamError("a rollout from the middle of the chain needs the latents to start from: pass x=.")
@@ -126,19 +139,26 @@ class Driver(Loop):
             return following
 
         visit = range(start, start + len(walk.timesteps))
-        walk.media, last = self._loop(x, visit, answer, grad=grad, output_type=output_type, callback=callback, quiet=quiet)
+        walk.media, last = self._loop(
+            x, visit, answer, grad=grad, output_type=output_type, callback=callback, quiet=quiet
+        )
         walk.latents.append(last)
         walk.log_probs = torch.stack(log_probs) if log_probs else None
         self._charge_decode(output_type)
         return walk
 
     def replay(
-        self, walk: Trajectory, kernel: Kernel, *, grad: bool = True, convention: Convention = "sum",
+        self,
+        walk: Trajectory,
+        kernel: Kernel,
+        *,
+        grad: bool = True,
+        convention: Convention = "sum",
         on_step: Callable[[int, Tensor, Transition, Tensor], None] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Log-densities (steps, B) of a stored walk under the current weights, in one call at the true indices.
 
-        `on_step(i, prediction, transition, log_prob)` may run that step's backward at once, so memory stays that of one step.
+        `on_step(i, prediction, transition, log_prob)` may run that step's backward at once: memory stays one step's.
         """
         levels, log_probs = self.levels, list[Tensor]()
 
@@ -175,7 +195,9 @@ class Driver(Loop):
         if key == tuple(range(self.batch)):
             return self
         if key not in self._narrowed:
-            twin = Driver(self.pipe, budget=self.budget, memory=self.memory, **arguments.take(self.call, key, self.batch))
+            twin = Driver(
+                self.pipe, budget=self.budget, memory=self.memory, **arguments.take(self.call, key, self.batch)
+            )
             twin.batch, twin.seeds, twin.cases = len(key), [self.seeds[r] for r in key], [self.cases[r] for r in key]
             self._narrowed[key] = twin
         return self._narrowed[key]
@@ -213,7 +235,7 @@ class Driver(Loop):
         """A backward pass through this prediction costs two more passes of the rows behind it."""
         if prediction.requires_grad:
             rows = self._watch.last_rows
-            prediction.register_hook(lambda _: self.budget.charge(nfe=BACKWARD_COST * rows))
+            prediction.register_hook(lambda _: self.budget.charge(nfe=BACKWARD_COST * rows))  # type: ignore[no-untyped-call]
         return prediction
 
 

@@ -1,8 +1,9 @@
 """How a stock pipeline's loop is run under our control; `drive.Driver` is its public face.
 
-A run hands latents in, visits chosen loop indices and answers each scheduler step. Latents go in through the `latents` argument
-where the pipeline takes them as they are; elsewhere a blank step (one whose model calls are answered with zeros) gives them back
-to the loop. Indices come from the loop's own `enumerate`; a loop that hides it walks through blank iterations instead.
+A run hands latents in, visits chosen loop indices and answers each scheduler step. Latents go in through the
+`latents` argument where the pipeline takes them as they are; elsewhere a blank step (one whose model calls are
+answered with zeros) gives them back to the loop. Indices come from the loop's own `enumerate`; a loop that hides it
+walks through blank iterations instead.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,10 +37,18 @@ class Loop:
     """One pipeline, one batch of cases, one set of stock arguments, and the machinery that runs its loop."""
 
     def __init__(
-        self, pipe: Any, cases: Sequence[Case] | None = None, *, budget: Budget | None = None, memory: Memory | None = None, **call: Any
+        self,
+        pipe: Any,
+        cases: Sequence[Case] | None = None,
+        *,
+        budget: Budget | None = None,
+        memory: Memory | None = None,
+        **call: Any,
     ) -> None:
         if getattr(pipe, "scheduler", None) is None:
-            raise SeamError(f"{type(pipe).__name__} has no scheduler of its own, so its steps cannot be followed. Use its inner pipeline.")
+            raise SeamError(
+                f"{type(pipe).__name__} has no scheduler of its own to follow. Pass the inner pipeline that has one."
+            )
         self.pipe = pipe
         self.call = arguments.clean(pipe, arguments.from_cases(pipe, cases, call) if cases else call)
         self.batch = len(cases) if cases else arguments.batch_of(self.call)
@@ -60,7 +69,9 @@ class Loop:
         self._drawn: list[Tensor] | None = None  # generator states once the start noise is drawn
         self._live: list[torch.Generator] = []
         self._global_state = torch.get_rng_state()
-        self._moves_latents = False  # the loop changes latents after a step, so decoding passes through a blank last step
+        self._moves_latents = (
+            False  # the loop changes latents after a step, so decoding passes through a blank last step
+        )
         self._takes_latents: bool | None = None
         self._passes_latents = False  # they reach the first step, though handing them in may shift later draws
         self._hides_index = False
@@ -70,9 +81,13 @@ class Loop:
         """Name of the component whose rows count, once it has run."""
         return self._watch.denoiser
 
-    def _loop(self, x: Tensor | None, visit: Sequence[int], answer: Answer, *, grad: bool = False, **options: Any) -> tuple[Any, Tensor]:
+    def _loop(
+        self, x: Tensor | None, visit: Sequence[int], answer: Answer, *, grad: bool = False, **options: Any
+    ) -> tuple[Any, Tensor]:
         """Visit loop indices with x at the first of them; give back the call's output and the last latents."""
-        for _ in range(3):  # a loop that hides its index, or changes what it is handed, is run once more the careful way
+        for _ in range(
+            3
+        ):  # a loop that hides its index, or changes what it is handed, is run once more the careful way
             run = self._plan(x, list(visit), answer)
             handed = x if run.unit_start else None
             try:
@@ -91,13 +106,15 @@ class Loop:
         raise SeamError(f"{type(self.pipe).__name__} changes the latents it is given before its step {visit[0]}.")
 
     def _plan(self, x: Tensor | None, visit: list[int], answer: Answer) -> Run:
-        """The run that brings x to visit[0]: handed in, drawn by the call itself, or given back by a blank step before it."""
+        """The run that brings x to visit[0]: handed in, drawn by the call, or given back by a blank step before it."""
         handed, first = self._hands_in(x, visit[0]), visit[0]
         natural = x is None or (first == 0 and self._is_own_start(x))
         blank: frozenset[int] = frozenset()
         if self._hides_index:
             if not (handed or natural or first > 0):
-                raise SeamError(f"{type(self.pipe).__name__} neither takes latents nor shows its loop index: step 0 is out of reach.")
+                raise SeamError(
+                    f"{type(self.pipe).__name__} neither takes latents nor shows its index: step 0 is out of reach."
+                )
             visit, blank = list(range(visit[-1] + 1)), frozenset(range(first))
         elif not (handed or natural):
             visit, blank = [max(first - 1, 0), *visit], frozenset([0])
@@ -106,7 +123,7 @@ class Loop:
         return run
 
     def _hands_in(self, x: Tensor | None, first: int) -> bool:
-        """Whether x goes in through `latents`; where that shifts later draws, only at step 0, which no blank step precedes."""
+        """Whether x goes in through `latents`; where that shifts later draws, only at step 0: no blank precedes it."""
         if x is None:
             return False
         clean = self._can_hand_in()
@@ -137,14 +154,28 @@ class Loop:
         return guarded
 
     def _run(
-        self, run: Run, *, grad: bool = False, latents: Tensor | None = None, output_type: str = "latent",
-        callback: Any = None, quiet: bool = True, generators: list[torch.Generator] | None = None,
-    ) -> Any:  # fmt: skip
+        self,
+        run: Run,
+        *,
+        grad: bool = False,
+        latents: Tensor | None = None,
+        output_type: str = "latent",
+        callback: Any = None,
+        quiet: bool = True,
+        generators: list[torch.Generator] | None = None,
+    ) -> Any:
         """The stock call under `run`; returns its media field."""
         self._live = generators or [_generator(s) for s in self.seeds]
-        own = {"generator": self._live[0] if self.batch == 1 else self._live, "output_type": output_type, "return_dict": False,
-               "latents": latents, "callback_on_step_end": callback}  # fmt: skip
-        given = {k: copy.copy(v) if isinstance(v, list | dict) else v for k, v in self.call.items()}  # some pipelines edit their lists
+        own = {
+            "generator": self._live[0] if self.batch == 1 else self._live,
+            "output_type": output_type,
+            "return_dict": False,
+            "latents": latents,
+            "callback_on_step_end": callback,
+        }
+        given = {
+            k: copy.copy(v) if isinstance(v, list | dict) else v for k, v in self.call.items()
+        }  # some pipelines edit their lists
         kwargs = {**given, **{k: v for k, v in own.items() if v is not None and k in self._known}}
         self._watch.run, self._watch.rows, run.on_step = run, 0, self._watch.on_step
         self.scheduler.run = run
@@ -164,7 +195,7 @@ class Loop:
         own, cls = self.pipe.__dict__, type(self.pipe)
         before = dict(own)
         own.update(self._taps, scheduler=self.scheduler, maybe_free_model_hooks=_nothing)
-        self.pipe.__class__ = _with_known_device(cls, self._device)
+        self.pipe.__class__ = _with_known_device(cast(Any, cls), self._device)
         if quiet:
             own["_progress_bar_config"] = {**own.get("_progress_bar_config", {}), "disable": True}
         try:
@@ -187,12 +218,14 @@ class Loop:
     # where the chain starts
 
     def _drawn_start(self) -> Tensor:
-        """Latents that the loop's first step sees for the cases' own seeds; costs a model call only where blank ones do not fit."""
+        """What the first step sees for the cases' own seeds; costs a model call only where blank ones do not fit."""
         if "generator" not in self._known:
             raise SeamError(f"{type(self.pipe).__name__} takes no generator, so its cases cannot own their seeds.")
         try:
             seen = self._sample_at_first_step(guess=True)
-        except Exception:  # a guessed model output that this pipeline cannot use; the real one below tells why if that fails too
+        except (
+            Exception
+        ):  # a guessed model output that this pipeline cannot use; the real one below tells why if that fails too
             seen = self._sample_at_first_step(guess=False)
         if seen is None:
             raise SeamError(f"the loop of {type(self.pipe).__name__} does not walk over its scheduler's timesteps.")
@@ -200,13 +233,15 @@ class Loop:
         return seen
 
     def _hands_on(self, x: Tensor) -> bool:
-        """Whether the first step sees the latents that the call is given, and nothing else is drawn from the generators."""
+        """Whether the first step sees the latents that the call is given, and the generators are left alone."""
         try:
             seen = self._sample_at_first_step(guess=True, latents=x)
         except Exception:
             return False
         self._passes_latents = seen is not None and _same_bits(seen, x)
-        untouched = all(torch.equal(g.get_state(), _generator(s).get_state()) for g, s in zip(self._live, self.seeds, strict=True))
+        untouched = all(
+            torch.equal(g.get_state(), _generator(s).get_state()) for g, s in zip(self._live, self.seeds, strict=True)
+        )
         return self._passes_latents and untouched  # else later draws would not be the stock call's
 
     def _sample_at_first_step(self, *, guess: bool, latents: Tensor | None = None) -> Tensor | None:
@@ -218,7 +253,9 @@ class Loop:
                 self._drawn = [g.get_state() for g in self._live]
             return sample
 
-        run = Run(capture, visit=[0], blank=frozenset([0] if guess else []), guess=guess, unit_start=latents is not None)
+        run = Run(
+            capture, visit=[0], blank=frozenset([0] if guess else []), guess=guess, unit_start=latents is not None
+        )
         self._run(run, latents=latents)
         return seen[0] if seen else None
 

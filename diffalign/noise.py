@@ -1,11 +1,14 @@
-"""One face for every noise schedule: `x_t = alpha_t x0 + sigma_t eps`, and the Gaussian transitions that walk down it.
+"""One face for every noise schedule: `x_t = alpha_t x0 + sigma_t eps`, and the Gaussian transitions that walk down
+it.
 
-Follows: DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16) for `ddim`; Flow-GRPO (Liu et al. 2025, arXiv 2505.05470,
-eq. 9 and its published first-step rule) for `flow_sde`; coefficient-preserving sampling (2025, arXiv 2509.05952) for `cps`.
+Follows: DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16) for `ddim`; Flow-GRPO (Liu et al. 2025, arXiv
+2505.05470, eq. 9 and its published first-step rule) for `flow_sde`; coefficient-preserving sampling (2025, arXiv
+2509.05952) for `cps`.
 
 Where we differ: alpha and sigma are read off the scheduler's own `add_noise` / `scale_noise`, so one formula serves
-variance-preserving, variance-exploding and flow latents in the pipeline's own scaling; `ddim` and `cps` therefore run on all of
-them. Means and log-densities are float32 whatever the model's dtype. `cps` reports the true Gaussian log-density.
+variance-preserving, variance-exploding and flow latents in the pipeline's own scaling; `ddim` and `cps` therefore run
+on all of them. Means and log-densities are float32 whatever the model's dtype. `cps` reports the true Gaussian log-
+density.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ class Levels:
     alpha: Tensor  # (T + 1,) float64
     sigma: Tensor  # (T + 1,) float64
     prediction: str  # what the model predicts: epsilon, sample, v_prediction, flow
-    unit: float = 1.0  # standard deviation of the start noise in the latents' own scaling, where sigma is not relative to 1
+    unit: float = (
+        1.0  # standard deviation of the start noise in the latents' own scaling, where sigma is not relative to 1
+    )
 
     def __len__(self) -> int:
         return len(self.alpha) - 1
@@ -53,7 +58,9 @@ class Levels:
             scale = math.hypot(alpha, sine)  # 1 for variance-preserving latents
             return (alpha / scale**2) * x - (sine / scale) * prediction
         if alpha == 0:
-            raise SeamError("the first level is pure noise, and an epsilon prediction there says nothing about the image.")
+            raise SeamError(
+                "the first level is pure noise, and an epsilon prediction there says nothing about the image."
+            )
         return (x - sigma * prediction) / alpha
 
     def epsilon(self, x: Tensor, prediction: Tensor, i: int) -> Tensor:
@@ -84,10 +91,12 @@ def read_levels(scheduler: Any, timesteps: Tensor) -> Levels:
     if add is None and scheduler.config.get("prediction_type") == "trigflow":
         return _trigonometric(timesteps.detach().cpu().double(), float(scheduler.config.sigma_data))
     if add is None:
-        raise SeamError(f"{type(scheduler).__name__} has neither add_noise nor scale_noise, so its noise levels are unknown.")
+        raise SeamError(
+            f"{type(scheduler).__name__} has neither add_noise nor scale_noise, so its noise levels are unknown."
+        )
     timesteps = timesteps.detach().cpu()
     one, zero = torch.ones(len(timesteps), dtype=torch.float64), torch.zeros(len(timesteps), dtype=torch.float64)
-    by_name = "scale_noise" == add.__name__
+    by_name = add.__name__ == "scale_noise"
     alpha = add(one, timesteps, zero) if by_name else add(one, zero, timesteps)
     sigma = add(zero, timesteps, one) if by_name else add(zero, one, timesteps)
     last_alpha, last_sigma = _last_level(scheduler, flow=_is_flow(alpha, sigma))
@@ -125,7 +134,9 @@ def _prediction_type(scheduler: Any, *, flow: bool) -> str:
         return "flow"
     if named is None:
         return "epsilon"
-    raise SeamError(f"{type(scheduler).__name__} has prediction_type '{named}'. Known: epsilon, sample, v_prediction, flow_prediction.")
+    raise SeamError(
+        f"{type(scheduler).__name__} predicts '{named}'. Known: epsilon, sample, v_prediction, flow_prediction."
+    )
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ class Transition:
     std: float
 
     def sample(self, noise: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
-        """The next latent for standard normal `noise` (B, ...), rounded to `dtype` so that a replay sees the same bits."""
+        """The next latent for standard normal `noise` (B, ...), rounded to `dtype`: a replay sees the same bits."""
         if self.std == 0 or noise is None:
             return self.mean.to(dtype or self.mean.dtype)
         return (self.mean + self.std * noise.to(self.mean)).to(dtype or self.mean.dtype)
@@ -144,7 +155,9 @@ class Transition:
     def log_prob(self, x: Tensor, convention: Convention = "sum") -> Tensor:
         """log N(x; mean, std^2) per case (B,), summed or averaged over elements; 0 where the step has no noise."""
         if convention not in ("sum", "mean"):
-            raise ConfigError(f"log-density convention '{convention}' is unknown. Use 'sum' (the density) or 'mean' (per element).")
+            raise ConfigError(
+                f"log-density convention '{convention}' is unknown. Use 'sum' (the density) or 'mean' (per element)."
+            )
         if self.std == 0:
             return self.mean.flatten(1).sum(1) * 0
         z = (x.detach().float() - self.mean) / self.std
@@ -182,7 +195,9 @@ def cps(a: float = 0.8) -> Kernel:
     Exact on point-mass data only; on Gaussian data of variance .25 with T = 10 and a = .8 the final variance is .124.
     """
     if not 0 <= a <= 1:
-        raise ConfigError(f"cps noise level a is {a}, but it must lie between 0 (deterministic) and 1 (all noise fresh).")
+        raise ConfigError(
+            f"cps noise level a is {a}, but it must lie between 0 (deterministic) and 1 (all noise fresh)."
+        )
 
     def step(levels: Levels, x: Tensor, prediction: Tensor, i: int) -> Transition:
         return _renoise(levels, x, prediction, i, levels.at(i + 1)[1] * math.sin(a * math.pi / 2))
@@ -191,13 +206,15 @@ def cps(a: float = 0.8) -> Kernel:
 
 
 def flow_sde(a: float = 0.7) -> Kernel:
-    """Euler-Maruyama step of the flow's reverse SDE with g = a sqrt(s / (1 - s)); at s = 1 the second level bounds g."""
+    """Euler-Maruyama step of the reverse SDE with g = a sqrt(s / (1 - s)); at s = 1 the second level bounds g."""
     if not a >= 0:
         raise ConfigError(f"flow_sde noise level a is {a}, but it cannot be negative.")
 
     def step(levels: Levels, x: Tensor, prediction: Tensor, i: int) -> Transition:
         if levels.prediction != "flow":
-            raise SeamError(f"flow_sde needs a flow model, and this one predicts {levels.prediction}. Use ddim(eta=1) instead.")
+            raise SeamError(
+                f"flow_sde needs a flow model, and this one predicts {levels.prediction}. Use ddim(eta=1) instead."
+            )
         s, h = levels.at(i)[1], levels.at(i)[1] - levels.at(i + 1)[1]
         below = s if s < 1 else levels.at(i + 1)[1]
         if below >= 1 or s == 0:

@@ -15,7 +15,7 @@ class KeptState:
     def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
         self._flags = [(m, m.training) for module in modules.values() for m in module.modules()]
         self._dtypes = [(module, _dtypes(module)) for module in modules.values()]
-        self._processors = [(m, dict(m.attn_processors)) for m in modules.values() if hasattr(m, "attn_processors")]
+        self._processors = [(m, dict(_processors(m))) for m in modules.values() if hasattr(m, "attn_processors")]
 
     def restore(self) -> None:
         """Put everything back that differs from the snapshot."""
@@ -26,8 +26,13 @@ class KeptState:
                 if tensor.dtype != dtypes.get(name, tensor.dtype):
                     tensor.data = tensor.data.to(dtypes[name])
         for module, processors in self._processors:
-            if module.attn_processors != processors:  # type: ignore[operator]
+            if _processors(module) != processors:
                 module.set_attn_processor(dict(processors))  # type: ignore[operator]
+
+
+def _processors(module: Any) -> dict[str, Any]:
+    found: dict[str, Any] = module.attn_processors
+    return found
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

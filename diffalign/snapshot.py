@@ -11,8 +11,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def snapshot(pipe: Any) -> Snapshot:
-    """Identities and flags of a pipeline, its scheduler and its modules; weights are compared by identity and version."""
-    seen: Snapshot = {"class": type(pipe), **{f"pipe.{k}": _mark(v) for k, v in vars(pipe).items() if not k.startswith("_")}}
+    """Identities and flags of a pipeline, its scheduler and modules; weights compare by identity and version."""
+    seen: Snapshot = {
+        "class": type(pipe),
+        **{f"pipe.{k}": _mark(v) for k, v in vars(pipe).items() if not k.startswith("_")},
+    }
     seen["scheduler.step"] = "step" in vars(pipe.scheduler)
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
@@ -23,7 +26,12 @@ def snapshot(pipe: Any) -> Snapshot:
 def _module(module: torch.nn.Module) -> Snapshot:
     seen: Snapshot = {}
     for path, part in module.named_modules():
-        seen[f"{path}.state"] = (id(part), part.training, "forward" in vars(part), *(len(getattr(part, h)) for h in _HOOKS))
+        seen[f"{path}.state"] = (
+            id(part),
+            part.training,
+            "forward" in vars(part),
+            *(len(getattr(part, h)) for h in _HOOKS),
+        )
     for path, weight in module.named_parameters():
         seen[path] = (id(weight), weight.requires_grad, weight.dtype, weight._version, weight.grad is None)
     for path, buffer in module.named_buffers():

@@ -1,8 +1,8 @@
 """The stand-in scheduler: a copy of the real one whose loop we steer and whose steps we answer.
 
-A pipeline asks its scheduler for timesteps and hands it each prediction. The stand-in is a subclass of the real scheduler's
-class, so `isinstance` checks, config and arithmetic stay native; `timesteps` iterates over the loop indices that a `Run`
-visits, and `step` gives back what the `Run` answers. Nothing here names a model family.
+A pipeline asks its scheduler for timesteps and hands it each prediction. The stand-in is a subclass of the real
+scheduler's class, so `isinstance` checks, config and arithmetic stay native; `timesteps` iterates over the loop
+indices that a `Run` visits, and `step` gives back what the `Run` answers. Nothing here names a model family.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-Answer = Callable[[int, Tensor, Tensor], Tensor | None]  # (index, prediction, sample) -> next latent, None for the native step
+Answer = Callable[
+    [int, Tensor, Tensor], Tensor | None
+]  # (index, prediction, sample) -> next latent, None for the native step
 
 
 class IndexUnseen(BaseException):
@@ -57,13 +59,19 @@ class Run:
 
     def needs_index(self) -> bool:
         """Whether the model is about to run at a loop index that the pipeline would take for another one."""
-        return self.strict_index and self.visit is not None and not self.indexed and not self.blanked and self.order != self.position
+        return (
+            self.strict_index
+            and self.visit is not None
+            and not self.indexed
+            and not self.blanked
+            and self.order != self.position
+        )
 
 
 def stand_in(real: Any) -> Any:
     """A deep copy of `real` whose class adds our loop control; set `.run` before each use."""
     twin = copy_of(real)
-    twin.__class__ = _subclass(type(real))
+    twin.__class__ = _subclass(cast(Any, type(real)))
     twin.__dict__["_walk_type"] = _walk_type(twin)
     twin.__dict__["_schedules"] = []
     return twin
@@ -104,7 +112,7 @@ def _subclass(real: type) -> type:
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         """A pipeline that copies its scheduler gets the plain native one."""
-        twin = object.__new__(real)
+        twin: Any = object.__new__(real)
         own = {k: v for k, v in self.__dict__.items() if k not in ("run", "_walk_type", "_schedules", "timesteps")}
         twin.__dict__.update(copy.deepcopy(own, memo))
         twin.__dict__["timesteps"] = torch.as_tensor(self.timesteps).as_subclass(torch.Tensor).clone()
@@ -199,9 +207,17 @@ def _walk_type(owner: Any) -> type[Tensor]:
 
 
 _KEEPERS = {
-    torch.Tensor.__getitem__, torch.Tensor.to, torch.Tensor.clone, torch.Tensor.detach, torch.Tensor.contiguous,
-    torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.float, torch.Tensor.long, torch.Tensor.flip,
-}  # fmt: skip
+    torch.Tensor.__getitem__,
+    torch.Tensor.to,
+    torch.Tensor.clone,
+    torch.Tensor.detach,
+    torch.Tensor.contiguous,
+    torch.Tensor.cpu,
+    torch.Tensor.cuda,
+    torch.Tensor.float,
+    torch.Tensor.long,
+    torch.Tensor.flip,
+}
 
 
 def _visits(owner: Any, timesteps: Tensor) -> Iterator[Tensor]:
@@ -237,7 +253,12 @@ def with_true_index(function: Callable[..., Any], run_of: Callable[[], Run | Non
                 run.indexed = True
             yield (run.position + start if run is not None and ours else count), item
 
-    twin = FunctionType(function.__code__, {**function.__globals__, "enumerate": enumerate}, function.__name__,
-                        function.__defaults__, function.__closure__)  # fmt: skip
+    twin = FunctionType(
+        function.__code__,
+        {**function.__globals__, "enumerate": enumerate},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin

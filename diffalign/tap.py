@@ -1,7 +1,7 @@
 """Taps on a pipeline's components: count denoiser rows, answer calls without the model, remember conditioning.
 
-For the length of one of our calls a pipeline sees each component through a `Tap`; the module itself is never touched, so hooks,
-compiled calls and training flags stay what they are.
+For the length of one of our calls a pipeline sees each component through a `Tap`; the module itself is never touched,
+so hooks, compiled calls and training flags stay what they are.
 """
 
 from __future__ import annotations
@@ -114,11 +114,13 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def _has_gradient(value: Any) -> bool:
-    return any(t.requires_grad for t in tensors_in(value)) or hasattr(value, "latent_dist") and value.latent_dist.mean.requires_grad
+    return any(t.requires_grad for t in tensors_in(value)) or (
+        hasattr(value, "latent_dist") and value.latent_dist.mean.requires_grad
+    )
 
 
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Latent rows of a denoiser call: the batch of its first tensor with features, or the length of a list of latents."""
+    """Latent rows of a denoiser call: the batch of its first tensor with features, or the length of a list."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim >= 3:
             return int(value.shape[0])

@@ -15,20 +15,23 @@ PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
 HEAD = """# Families
 
-Every row is a pipeline of the real diffusers classes with tiny seeded random weights, tried by `diffalign check` on a CPU
-(`python -m tests.families` measures and writes this page; `tests/test_families.py` holds it to the code). `0` means bit for bit;
-`-` means there is nothing to measure. No line of the seam names a family.
+Every row is a pipeline of the real diffusers classes with tiny seeded random weights, tried by `diffalign check` on a
+CPU (`python -m tests.families` measures and writes this page; `tests/test_families.py` holds it to the code). `0`
+means bit for bit; `-` means there is nothing to measure. No line of the seam names a family.
 
-- **predict, index, guidance**: what our predict returns against what the stock scheduler was handed, at every step, in order, in
-  reverse order, and at another guidance scale.
-- **gradient**: the image of the undecorated call against the stock image (torch may choose other kernels when it tracks gradients).
+- **predict, index, guidance**: what our predict returns against what the stock scheduler was handed, at every step,
+  in order, in reverse order, and at another guidance scale.
+- **gradient**: the image of the undecorated call against the stock image (torch may choose other kernels when it
+  tracks gradients).
 - **rollout, decode**: our loop control with the stock scheduler's steps, and decoding alone, against the stock image.
 - **mid-chain, replay**: a walk resumed in its middle; log-densities replayed against those recorded.
-- **adapters**: the base model with adapters off against the model before it had any. **offload**: with model-offload hooks.
-- **deterministic**: the image of our own deterministic steps against the stock image. It is rounding for samplers that are first-order
-  and deterministic (DDIM, Euler, flow Euler); multistep, second-order and stochastic samplers differ by design.
-- **alone vs batch**: one case alone against the same case in a batch of two, with our transitions. The noise is the same bits; what
-  is left is torch choosing other kernels for other batch sizes.
+- **adapters**: the base model with adapters off against the model before it had any. **offload**: with model-offload
+  hooks.
+- **deterministic**: the image of our own deterministic steps against the stock image. It is rounding for samplers
+  that are first-order and deterministic (DDIM, Euler, flow Euler); multistep, second-order and stochastic samplers
+  differ by design.
+- **alone vs batch**: one case alone against the same case in a batch of two, with our transitions. The noise is the
+  same bits; what is left is torch choosing other kernels for other batch sizes.
 
 """
 
@@ -36,7 +39,7 @@ COLUMNS = [c for c in CAPABILITIES if c not in ("schedule", "restore")]
 
 
 def alone_versus_batch(name: str) -> float | None:
-    """Largest difference of the second case of two, alone and in the batch; None where the stock pipeline takes no batch."""
+    """Largest difference of the second case of two, alone and in the batch; None where there is no batch."""
     family = FAMILIES[name]
     if not family.batch or family.stray_noise:
         return None
@@ -77,7 +80,11 @@ def page() -> str:
 def notes() -> str:
     """Reasons for what a stock pipeline cannot do."""
     lines = [f"- **{n}**: no batch: {f.reason}" for n, f in FAMILIES.items() if not f.batch]
-    lines += [f"- **{n}**: draws from torch's global generator too, so a batch shares that noise." for n, f in FAMILIES.items() if f.stray_noise]
+    lines += [
+        f"- **{n}**: draws from torch's global generator too, so a batch shares that noise."
+        for n, f in FAMILIES.items()
+        if f.stray_noise
+    ]
     lines += [f"- **{n}**: cannot run: {f.broken}" for n, f in FAMILIES.items() if f.broken]
     return "\n" + "\n".join(lines) + "\n"
 

@@ -134,7 +134,10 @@ def test_counting_charges_every_guidance_branch_and_two_more_for_a_backward_pass
     assert single.budget.nfe == 1
 
 
-@pytest.mark.parametrize(("name", "rows"), [("sd3", 2), ("flux", 2), ("instruct_pix2pix", 3), ("sd_controlnet", 2), ("z_image", 2), ("wan22", 2)])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("sd3", 2), ("flux", 2), ("instruct_pix2pix", 3), ("sd_controlnet", 2), ("z_image", 2), ("wan22", 2)],
+)
 def test_a_metered_stock_call_is_untouched_and_counts_every_row(name, rows):
     pipe, budget = build(name), Budget()
     pipe.set_progress_bar_config(disable=True)
@@ -208,9 +211,10 @@ def test_noise_of_our_own_starts_where_the_stock_call_would():
         scale = float(driver.start().std())
         noise = torch.randn(driver.start().shape, generator=torch.Generator().manual_seed(0))
         assert float(driver.from_noise(noise).std()) == pytest.approx(scale * float(noise.std()), rel=0.4)
+    edit = driver_of("sd_img2img")
+    noise = torch.zeros_like(edit.start())
     with pytest.raises(SeamError, match="starts from an image"):
-        edit = driver_of("sd_img2img")
-        edit.from_noise(torch.zeros_like(edit.start()))
+        edit.from_noise(noise)
 
 
 def test_the_undecorated_call_gives_the_stock_image_and_a_gradient():
@@ -223,7 +227,7 @@ def test_the_undecorated_call_gives_the_stock_image_and_a_gradient():
     image.mean().backward()
     assert latents.grad.isfinite().all()
     assert latents.grad.any()
-    assert not inspect.unwrap(undecorated(pipe)).__func__ is type(pipe).__call__
+    assert inspect.unwrap(undecorated(pipe)).__func__ is not type(pipe).__call__
 
 
 def test_the_callers_callback_still_runs_in_a_rollout():
@@ -260,7 +264,10 @@ def test_the_same_case_walks_the_same_in_two_processes():
         "d = Driver(build('sd3'), **call('sd3'), generator=torch.Generator().manual_seed(17))\n"
         "m = d.rollout(ddim(0.5), quiet=True).media; print(hashlib.sha256(m.numpy().tobytes()).hexdigest())\n"
     )
-    runs = [subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True) for _ in range(2)]
+    runs = [
+        subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
     assert runs[0].stdout == runs[1].stdout
     assert len(runs[0].stdout.strip()) == 64
 

@@ -9,14 +9,40 @@ from tests.tiny import FAMILIES, build, call
 
 NAMES = [name for name, family in FAMILIES.items() if not family.broken]
 REQUIRED = [
-    "sd15_ddim", "sd15_dpmpp_2m", "sd15_euler", "sd15_euler_ancestral", "sd15_lcm", "sdxl", "instruct_pix2pix", "sd_controlnet", "sd3",
-    "sd3_controlnet", "flux", "flux_kontext", "pixart_sigma", "sana", "qwen_image", "qwen_image_edit", "aura_flow", "lumina2", "z_image",
-    "hunyuan_dit", "cogvideox", "ltx_video", "wan21", "wan22", "hunyuan_video",
-]  # fmt: skip
+    "sd15_ddim",
+    "sd15_dpmpp_2m",
+    "sd15_euler",
+    "sd15_euler_ancestral",
+    "sd15_lcm",
+    "sdxl",
+    "instruct_pix2pix",
+    "sd_controlnet",
+    "sd3",
+    "sd3_controlnet",
+    "flux",
+    "flux_kontext",
+    "pixart_sigma",
+    "sana",
+    "qwen_image",
+    "qwen_image_edit",
+    "aura_flow",
+    "lumina2",
+    "z_image",
+    "hunyuan_dit",
+    "cogvideox",
+    "ltx_video",
+    "wan21",
+    "wan22",
+    "hunyuan_video",
+]
 
 
 def documented() -> dict[str, list[str]]:
-    rows = [line.strip("| \n").split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    rows = [
+        line.strip("| \n").split(" | ")
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
     return {cells[0]: cells[3:] for cells in rows[1:]}
 
 

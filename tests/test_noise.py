@@ -153,11 +153,21 @@ def test_log_density_refuses_an_unknown_convention():
 
 @pytest.mark.parametrize(
     "scheduler",
-    [DDPMScheduler(), DDIMScheduler(), DPMSolverMultistepScheduler(), EulerDiscreteScheduler(), EulerAncestralDiscreteScheduler(), LCMScheduler(),
-     FlowMatchEulerDiscreteScheduler(shift=3.0), UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-     DDIMScheduler(prediction_type="v_prediction"), EulerDiscreteScheduler(prediction_type="v_prediction"), DDIMScheduler(prediction_type="sample")],
+    [
+        DDPMScheduler(),
+        DDIMScheduler(),
+        DPMSolverMultistepScheduler(),
+        EulerDiscreteScheduler(),
+        EulerAncestralDiscreteScheduler(),
+        LCMScheduler(),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        DDIMScheduler(prediction_type="v_prediction"),
+        EulerDiscreteScheduler(prediction_type="v_prediction"),
+        DDIMScheduler(prediction_type="sample"),
+    ],
     ids=lambda s: f"{type(s).__name__}-{s.config.get('prediction_type')}",
-)  # fmt: skip
+)
 def test_the_face_of_every_scheduler_returns_the_clean_latent_and_the_noise_it_was_made_of(scheduler):
     scheduler.set_timesteps(8)
     levels = read_levels(scheduler, scheduler.timesteps)
@@ -165,7 +175,12 @@ def test_the_face_of_every_scheduler_returns_the_clean_latent_and_the_noise_it_w
     for i in range(len(levels)):
         alpha, sigma = levels.at(i)
         x, scale = alpha * x0 + sigma * eps, math.hypot(alpha, sigma)
-        prediction = {"epsilon": eps, "sample": x0, "v_prediction": (alpha * eps - sigma * x0) / scale, "flow": eps - x0}[levels.prediction]
+        prediction = {
+            "epsilon": eps,
+            "sample": x0,
+            "v_prediction": (alpha * eps - sigma * x0) / scale,
+            "flow": eps - x0,
+        }[levels.prediction]
         assert torch.allclose(levels.denoised(x, prediction, i), x0, atol=2e-3 * max(1, sigma / max(alpha, 1e-3)))
         assert torch.allclose(levels.epsilon(x, prediction, i), eps, atol=2e-3 * max(1, 1 / sigma))
     assert (levels.sigma / levels.alpha.clamp(min=1e-9)).diff().le(0).all()

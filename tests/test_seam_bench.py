@@ -1,4 +1,6 @@
-"""The cost of the seam, as ratios from one run; the aims themselves are checked with `diffalign bench seam` on a quiet machine."""
+"""The cost of the seam, as ratios from one run; the aims themselves are checked with `diffalign bench seam` on a
+quiet machine.
+"""
 
 import pytest
 

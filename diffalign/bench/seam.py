@@ -1,4 +1,6 @@
-"""What the seam costs: predict over the bare model call, and a whole rollout over the stock call, as ratios from one run."""
+"""What the seam costs: predict over the bare model call, and a whole rollout over the stock call, as ratios from one
+run.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class SeamBench:
                 raise ConfigError(f"bench.{name} is {getattr(self, name)}, but it must be above 0.")
 
 
-def measure(config: SeamBench | None = None, *, pipe: Any = None, on_step: Callable[[str], None] = lambda _: None, **call: Any) -> dict[str, Any]:
+def measure(
+    config: SeamBench | None = None, *, pipe: Any = None, on_step: Callable[[str], None] = lambda _: None, **call: Any
+) -> dict[str, Any]:
     """Time both ratios on `pipe` with its `call`, by default on a random model of the configured size."""
     config = config or SeamBench()
     if pipe is None:
@@ -114,17 +118,35 @@ def _layer_seconds(pipe: Any, call: dict[str, Any]) -> float:
 
 
 def _random_sd3(layers: int, seed: int) -> tuple[Any, dict[str, Any]]:
-    from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import (
+        AutoencoderTiny,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = SD3Transformer2DModel(
-            sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=64, num_attention_heads=6,
-            joint_attention_dim=64, caption_projection_dim=384, pooled_projection_dim=64, pos_embed_max_size=32,
-        )  # fmt: skip
+            sample_size=32,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=layers,
+            attention_head_dim=64,
+            num_attention_heads=6,
+            joint_attention_dim=64,
+            caption_projection_dim=384,
+            pooled_projection_dim=64,
+            pos_embed_max_size=32,
+        )
         vae = AutoencoderTiny(latent_channels=4, scaling_factor=1.0, shift_factor=0.0)
         embeds = {"prompt_embeds": torch.randn(1, 16, 64), "negative_prompt_embeds": torch.randn(1, 16, 64)}
         pooled = {"pooled_prompt_embeds": torch.randn(1, 64), "negative_pooled_prompt_embeds": torch.randn(1, 64)}
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"))
-    pipe = StableDiffusion3Pipeline(transformer=transformer.eval(), vae=vae.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+    parts = dict.fromkeys(
+        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer.eval(), vae=vae.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), **parts
+    )
     return pipe, {**embeds, **pooled, "height": 256, "width": 256, "guidance_scale": 4.0}

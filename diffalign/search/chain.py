@@ -13,7 +13,7 @@ from diffalign.noise import Transition
 
 @runtime_checkable
 class Chain(Protocol):
-    """A walk from noise to media in `length` steps; noise is passed in, so a further child of a node costs no model call."""
+    """A walk from noise to media in `length` steps; noise is passed in, so a further child costs no model call."""
 
     length: int
     budget: Budget
