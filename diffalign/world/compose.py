@@ -93,7 +93,9 @@ def _fill(template: Template, rng: random.Random) -> Clauses:
 def sample_scene(clauses: Clauses, rng: random.Random, *, seen_only: bool = False, smallest: float = 5.0) -> Scene:
     """A scene that fulfils the clauses; with `seen_only` free colours avoid the held-out pairs."""
     while True:
-        looks = [_look(want, rng, clauses.total, seen_only, smallest) for want in clauses.wants for _ in range(want.count)]
+        looks = [
+            _look(want, rng, clauses.total, seen_only, smallest) for want in clauses.wants for _ in range(want.count)
+        ]
         owners = [k for k, want in enumerate(clauses.wants) for _ in range(want.count)]
         for _ in range(200):
             shapes = _place_all(looks, [clauses.wants[k] for k in owners], rng)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffalign.world.compose import sample_clauses, sample_scene
 from diffalign.world.grammar import TAGS
-from diffalign.world.render import render_many
+from diffalign.world.rendering import render_many
 from diffalign.world.scenes import Scene
 from diffalign.zoo.fit import FitConfig, fit
 

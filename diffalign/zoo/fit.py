@@ -33,7 +33,9 @@ class FitConfig:
     bf16: bool = True  # autocast of the forward pass
 
 
-def fit(model: nn.Module, loss: Loss, config: FitConfig, *, folder: Path, seed: int, resume: bool, title: str) -> nn.Module:
+def fit(
+    model: nn.Module, loss: Loss, config: FitConfig, *, folder: Path, seed: int, resume: bool, title: str
+) -> nn.Module:
     """Train `model` in place and return it with its averaged weights."""
     _keep_freed_memory()
     optimizer = torch.optim.AdamW(

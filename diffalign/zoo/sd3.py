@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffalign.world.compose import held_out, sample_clauses, sample_scene
 from diffalign.world.grammar import say
-from diffalign.world.render import render_many
+from diffalign.world.rendering import render_many
 from diffalign.world.scenes import Scene
 from diffalign.zoo.autoencoder import AutoencoderConfig, encode
 from diffalign.zoo.autoencoder import train as train_autoencoder
@@ -42,7 +42,7 @@ class SD3Config:
     empty: tuple[int, ...] = (1, 32, 256)  # empty tokens after the caption; 256 is the pipeline's default
     empty_shares: tuple[float, ...] = (0.8, 0.16, 0.04)  # of the training steps
     centre: float = 0.3  # mean of the logit of the time; above 0 favours noisy images, where layout is decided
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=4000, ema=0.999))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=3000, ema=0.999))
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
 
@@ -148,7 +148,9 @@ def train(config: SD3Config, *, folder: Path, seed: int, resume: bool) -> Any:
     return assemble(model, vae)
 
 
-def flow_loss(model: nn.Module, x0: Tensor, ids: Tensor, empty: int, centre: float, generator: torch.Generator) -> Tensor:
+def flow_loss(
+    model: nn.Module, x0: Tensor, ids: Tensor, empty: int, centre: float, generator: torch.Generator
+) -> Tensor:
     """Squared error of the velocity at logit-normal times."""
     sigma = torch.sigmoid(torch.randn(len(x0), generator=generator) + centre)
     noise = torch.randn(x0.shape, generator=generator)

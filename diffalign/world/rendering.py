@@ -20,7 +20,9 @@ def coverage(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor, size: int = 64)
     r = (radius * scale).view(-1, 1, 1)
     index = kind.view(-1, 1, 1)
     square = _inside(SQUARE_HALF * r - dx.abs()) * _inside(SQUARE_HALF * r - dy.abs())
-    return torch.where(index == 0, _inside(r - torch.hypot(dx, dy)), torch.where(index == 1, square, _triangle(dx, dy, r)))
+    return torch.where(
+        index == 0, _inside(r - torch.hypot(dx, dy)), torch.where(index == 1, square, _triangle(dx, dy, r))
+    )
 
 
 def _inside(distance: Tensor) -> Tensor:
