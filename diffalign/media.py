@@ -105,7 +105,7 @@ def _plain(pixels: Tensor) -> Image.Image:
 
 
 def _from_pil(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def open_output(output: Any) -> tuple[dict[Any, Any], Any]:

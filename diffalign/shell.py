@@ -7,11 +7,12 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from diffalign import registry
-from diffalign.errors import ConfigError, HubError, ModelError
+from diffalign.errors import ConfigError, HubError, ModelError, UnknownName
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -165,13 +166,26 @@ def locate(id_or_path: str | os.PathLike[str]) -> str:
     if Path(text).is_absolute() or text.startswith((".", "~")):
         raise ModelError(f"there is no folder '{text}'. Give a folder written by save_pretrained, or use '{EMBEDDED}'.")
     if "/" not in text:
-        return str(registry.embedded(text))
+        return _embedded(text)
     return text
 
 
+def _embedded(name: str) -> str:
+    """The folder of a model that ships with diffalign; a slip of the pen is answered with the nearest name."""
+    try:
+        return str(registry.embedded(name))
+    except ModelError:
+        models = Path(__file__).parent / "zoo" / "models"
+        known = [folder.name for folder in models.iterdir()] if models.is_dir() else []
+        if get_close_matches(name, known, n=1, cutoff=0.5):
+            raise UnknownName.among("embedded model", name, known, "diffalign zoo list") from None
+        raise
+
+
 def _unreachable(name: str, error: BaseException) -> str:
-    first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    why = text if len(text) <= 160 else f"{text[:157]}..."
     return (
-        f"cannot fetch '{name}' from the Hugging Face Hub: {first} If there is no network here, give a local folder "
+        f"cannot fetch '{name}' from the Hugging Face Hub ({why}). If there is no network here, give a local folder "
         f"or use the embedded model '{EMBEDDED}'; if the id is private, log in with `hf auth login`."
     )

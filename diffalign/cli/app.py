@@ -22,6 +22,7 @@ _PLAIN: dict[str, Any] = {
 }
 _TOP: tuple[type[Verb], ...] = (demo.Demo, generate.Generate, score.ScoreImages, ls.List, check.Check)
 
+INTERRUPTED = 130
 ABOUT = """Make the diffusion model you already use follow your intent better, measured.
 
 Start with `diffalign demo`. Every verb takes --config FILE and trailing key=value overrides, --dry-run, --json FILE
@@ -52,10 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(build_app())
     try:
         with _quiet(debug):
-            return int(command.main(args=words, prog_name="diffalign", standalone_mode=False) or 0)
+            code = int(command.main(args=words, prog_name="diffalign", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; finished files are whole, nothing is half-written.", file=sys.stderr)
-        return 130
+        code = INTERRUPTED
     except BrokenPipeError:
         return 0
     except Exception as e:
@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(_message(e), file=sys.stderr)
         return 2
+    if code == INTERRUPTED:  # raised above, or turned into an exit code by the option parser
+        print("interrupted; finished files are whole, nothing is half-written.", file=sys.stderr)
+    return code
 
 
 def _message(error: Exception) -> str:

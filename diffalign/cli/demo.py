@@ -118,10 +118,11 @@ def _sheet(base: Sampled, done: Sampled, truths: list[list[bool]], n: int, rows:
 
 
 def _print(rows: list[dict[str, Any]], done: Sampled, truths: list[list[bool]], out: Path) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "proxy (reward)", "truth (verifier)", "NFE / prompt", "s / prompt")
+    table = Table("method", "proxy (reward)", "truth (verifier)", "NFE / prompt", "s / prompt", box=SIMPLE_HEAD)
     for row in rows:
         proxy, truth = (f"{row[k]['mean']:.3f} [{row[k]['lo']:.3f}, {row[k]['hi']:.3f}]" for k in ("proxy", "truth"))
         table.add_row(row["method"], proxy, truth, f"{row['nfe']:g}", f"{row['seconds']:.2f}")

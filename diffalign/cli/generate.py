@@ -91,7 +91,7 @@ class Generate(PromptVerb):
             done = sample(
                 pipe, cases, method=self.method, reward=reward, call=call, options=options, batch=self.batch, each=write
             )
-        passed = passes(done.pixels, cases) if self.split else None
+        passed = passes(done.pixels, cases) if self.split or self.embedded else None
         _mark(rows, passed)
         row = done.row(passed)
         card = card_of(pipe, self.model, cases, call, reward=reward, method={"name": self.method, **self.options()})

@@ -33,16 +33,21 @@ class List(Verb):
         listed, notes = {"rewards": _rewards, "pipelines": _pipelines, "models": _models, "configs": _configs}[
             self.what
         ]()
-        print_table([row | note for row, note in zip(listed, notes, strict=True)])
+        print_table(listed)
+        for row, note in zip(listed, notes, strict=False):
+            print(f"{row['name']}: {note}")
         return listed
 
 
 def print_table(rows: Rows) -> None:
-    """Rows with the same keys as a table; nothing is cut off."""
+    """Rows with the same keys as a table whose names are never cut."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*(rows[0] if rows else ["nothing here"]))
+    table = Table(box=SIMPLE_HEAD)
+    for name in rows[0] if rows else ["nothing here"]:
+        table.add_column(name, no_wrap=name == "name")
     for row in rows:
         table.add_row(*("-" if value is None else _shown(value) for value in row.values()))
     Console().print(table)
@@ -56,7 +61,7 @@ def _shown(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _rewards() -> tuple[Rows, Rows]:
+def _rewards() -> tuple[Rows, list[str]]:
     from diffalign import registry
 
     infos = registry.rewards()
@@ -64,27 +69,23 @@ def _rewards() -> tuple[Rows, Rows]:
     listed = [{name: getattr(info, name) for name in names} for info in infos]
     for row in listed:
         row["range"] = list(row["range"]) if row["range"] else None
-    return listed, [{"meaning": info.meaning} for info in infos]
+    return listed, [info.meaning for info in infos]
 
 
-def _pipelines() -> tuple[Rows, Rows]:
+def _pipelines() -> tuple[Rows, list[str]]:
     from diffalign import registry
 
     listed = [{"name": info.name, "class": info.target, "source": info.source} for info in registry.pipelines()]
-    return listed, [{} for _ in listed]
+    return listed, []
 
 
-def _models() -> tuple[Rows, Rows]:
+def _models() -> tuple[Rows, list[str]]:
     from diffalign.cli.zoo import model_rows
 
-    listed = model_rows()
-    return listed, [{} for _ in listed]
+    return model_rows(), []
 
 
-def _configs() -> tuple[Rows, Rows]:
-    listed, notes = [], []
-    for path in shipped_configs():
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        listed.append({"name": path.stem, "kind": path.parent.name})
-        notes.append({"command": first.removeprefix("#").strip()})
-    return listed, notes
+def _configs() -> tuple[Rows, list[str]]:
+    shipped = shipped_configs()
+    first = [path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip() for path in shipped]
+    return [{"name": path.stem, "kind": path.parent.name} for path in shipped], first

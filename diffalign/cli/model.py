@@ -32,11 +32,18 @@ class ModelVerb(Verb):
     ] = None
     call: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's call, over the model's card
 
+    @property
+    def embedded(self) -> bool:
+        """Whether the model ships with diffalign, so that the verifier can read its pictures."""
+        from diffalign import zoo
+
+        return self.model in zoo.names()
+
     def pipeline_call(self) -> dict[str, Any]:
         """The arguments every call of this model gets: its card's, then ours."""
         from diffalign import zoo
 
-        known = dict(zoo.card(self.model)["call"]) if self.model in zoo.names() else {}
+        known = dict(zoo.card(self.model)["call"]) if self.embedded else {}
         return known | self.call
 
     def place(self) -> tuple[str, str]:

@@ -156,10 +156,11 @@ def _summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print(table: list[dict[str, Any]], out: Path) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table("reward", "mean", "95 % interval", "images", "invalid")
+    shown = Table("reward", "mean", "95 % interval", "images", "invalid", box=SIMPLE_HEAD)
     for row in table:
         interval = f"{row['lo']:.4f} to {row['hi']:.4f}"
         shown.add_row(row["reward"], f"{row['mean']:.4f}", interval, str(row["n"]), str(row["invalid"]))

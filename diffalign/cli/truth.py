@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from diffalign.cases import Case
 
 
-def passes(pixels: Sequence[Tensor], cases: Sequence[Case]) -> list[bool]:
-    """Whether the first image of each case shows exactly what its prompt says."""
+def passes(pixels: Sequence[Tensor], cases: Sequence[Case]) -> list[bool] | None:
+    """Whether the first image of each case shows exactly what its prompt says; None if some prompt is no scene."""
     import torch
 
     from diffalign import world
 
     verdicts = world.verify(torch.stack([p[0] for p in pixels]), list(cases))
-    return [bool(verdict.strict) for verdict in verdicts]
+    return [verdict.strict for verdict in verdicts] if all(verdict.applies for verdict in verdicts) else None
 
 
 @contextlib.contextmanager
