@@ -58,9 +58,13 @@ def _parse(line: str, path: Path, number: int, seed: int) -> Case:
         ) from e
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ConfigError(f"{path}:{number} has no text under 'prompt': {line[:80]}")
-    known = {"prompt", "seed", "metadata"}
-    extra = {k: v for k, v in row.items() if k not in known}
-    return Case(prompt=row["prompt"], seed=int(row.get("seed", seed)), metadata={**extra, **row.get("metadata", {})})
+    own, given = row.get("seed", seed), row.get("metadata", {})
+    if not isinstance(own, int) or isinstance(own, bool):
+        raise ConfigError(f"{path}:{number} has seed {own!r}, but a seed is a whole number.")
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}:{number} has metadata {given!r}, but metadata is an object of names and values.")
+    rest = {k: v for k, v in row.items() if k not in ("prompt", "seed", "metadata")}
+    return Case(prompt=row["prompt"], seed=own, metadata={**rest, **given})
 
 
 def batched(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
