@@ -44,6 +44,17 @@ class Request:
     def generator(self) -> Any:
         return self.arguments.get("generator")
 
+    def require_prompts(self, reward: Any) -> None:
+        """Refuse a reward that reads prompts (it says so by `reads_prompt`) when only embeddings were given."""
+        if self.arguments.get("prompt") is not None or any(case.prompt for case in self.cases):
+            return
+        for part in getattr(reward, "rewards", [reward]):
+            if getattr(part, "reads_prompt", False):
+                raise ConfigError(
+                    f"reward '{part.name}' reads the prompt, but the call gives embeddings only. Pass prompt= instead, "
+                    "or use a reward that looks at pixels alone, such as 'brightness'."
+                )
+
     def settle(self, rows: int) -> None:
         """Learn from the first call how many images a prompt gets, and fix the seeds."""
         if rows % len(self.cases):

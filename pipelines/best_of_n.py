@@ -32,6 +32,7 @@ class Search:
 
     def __init__(self, pipe: Shell, request: Request, reward: scoring.Reward) -> None:
         self.pipe, self.request, self.reward = pipe, request, reward
+        request.require_prompts(reward)
         self.prompts = len(request.cases)
         self.n: int | None = None
         self.top_k: int | None = None

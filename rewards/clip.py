@@ -24,6 +24,8 @@ from diffalign.registry import register_reward
 class CLIPReward:
     """Cosine of picture and prompt; `model` is shapes-clip, `ViT-B-32:laion2b_s34b_b79k`, a hub id or a folder."""
 
+    reads_prompt = True
+
     def __init__(
         self,
         model: str = EMBEDDED,

@@ -228,6 +228,14 @@ def test_prompt_embeddings_take_the_place_of_prompts():
     assert {case.prompt for case in reward.cases} == {""}
 
 
+def test_a_reward_that_reads_prompts_refuses_embeddings_alone():
+    pipe, reward = build("sd15"), Brightness()
+    reward.reads_prompt = True  # type: ignore[attr-defined]
+    embeds, negative = pipe.encode_prompt(["a"], "cpu", 1, True, negative_prompt=["c"])
+    with pytest.raises(ConfigError, match="'brightness' reads the prompt"):
+        BestOfNPipeline.from_pipe(pipe)(prompt_embeds=embeds, negative_prompt_embeds=negative, reward=reward, n=2)
+
+
 def test_a_budget_of_nfe_is_never_exceeded_and_is_used_up():
     shell = BestOfNPipeline.from_pipe(build("sd3"))
     each = shell(**call("sd3", 2), generator=seeded(), reward=Brightness(), n=1).report.budget["nfe"]

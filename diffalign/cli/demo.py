@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from diffalign.cli.model import ModelVerb, Split
+from diffalign.cli.model import SEED_STRIDE, ModelVerb, Split
 from diffalign.cli.verb import Opt
 from diffalign.errors import ConfigError
 
@@ -33,7 +33,7 @@ class Demo(ModelVerb):
     NAME: ClassVar[str] = "demo"
     out: Annotated[str | None, Opt("Folder for sheet.png and card.json.")] = "out/demo"
     n: Annotated[int, Opt("Candidates per prompt.")] = 16
-    prompts: Annotated[int, Opt("Prompts, spread over the prompt set.")] = 8
+    prompts: Annotated[int, Opt("Prompts, every kind of task in turn.")] = 8
     split: Annotated[Split, Opt("Prompt set of the shapes world.")] = "heldout"
     reward: Annotated[tuple[str, ...] | dict[str, Any], Opt("What selects.", flag="-r")] = ("clip",)
 
@@ -48,20 +48,25 @@ class Demo(ModelVerb):
         return {"prompts": self.prompts, "nfe_per_prompt": self.n * each, "decodes": images, "reward_calls": images}
 
     def cases(self) -> list[Case]:
-        """Prompts drawn evenly from the whole set, so that every kind of task is shown."""
+        """Different prompts, every kind of task in turn."""
+        import random
+
         from diffalign import world
 
-        every = world.prompts(self.split)
-        count = min(self.prompts, len(every))
-        start = self.seed % max(len(every) // count, 1)
-        chosen = [every[start + k * len(every) // count] for k in range(count)]
-        return [case.with_seed(self.seed + i * (1 << 20)) for i, case in enumerate(chosen)]
+        kinds: dict[str, dict[str, Case]] = {}
+        every = list(world.prompts(self.split))
+        random.Random(self.seed).shuffle(every)
+        for case in every:
+            kinds.setdefault(str(case.metadata.get("tag")), {})[case.prompt] = case
+        piles = [list(kinds[tag].values()) for tag in sorted(kinds)]
+        dealt = [pile[k] for k in range(max(map(len, piles))) for pile in piles if k < len(pile)]
+        return [case.with_seed(self.seed + i * SEED_STRIDE) for i, case in enumerate(dealt[: self.prompts])]
 
     def run(self) -> dict[str, Any]:
         from diffalign import atomic, scoring
         from diffalign.bench.card import card_of
         from diffalign.bench.sample import sample
-        from diffalign.cli.truth import passes
+        from diffalign.cli.truth import verdicts
 
         out = atomic.require_folder(self.out or "out/demo")
         cases, reward = self.cases(), scoring.make_reward(self.reward)
@@ -70,7 +75,7 @@ class Demo(ModelVerb):
         options = {"n": self.n, "top_k": self.n}
         done = sample(pipe, cases, method="best_of_n", reward=reward, call=call, options=options, batch=len(cases))
         base = first_candidates(done)
-        truths = [passes(side.pixels, cases) for side in (base, done)]
+        truths = [[verdict.strict for verdict in verdicts(side.pixels, cases)] for side in (base, done)]
         rows = [base.row(truths[0]), done.row(truths[1]) | {"method": f"best of {self.n}"}]
         atomic.write_image(out / "sheet.png", _sheet(base, done, truths, self.n, rows))
         card = card_of(pipe, self.model, cases, call, reward=reward, method={"name": "best_of_n", "n": self.n})

@@ -11,16 +11,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffalign.cases import Case
+    from diffalign.world import Verdict
 
 
-def passes(pixels: Sequence[Tensor], cases: Sequence[Case]) -> list[bool] | None:
-    """Whether the first image of each case shows exactly what its prompt says; None if some prompt is no scene."""
+def verdicts(pixels: Sequence[Tensor], cases: Sequence[Case]) -> list[Verdict]:
+    """What the verifier says of the first image of each case."""
     import torch
 
     from diffalign import world
 
-    verdicts = world.verify(torch.stack([p[0] for p in pixels]), list(cases))
-    return [verdict.strict for verdict in verdicts] if all(verdict.applies for verdict in verdicts) else None
+    return world.verify(torch.stack([p[0] for p in pixels]), list(cases))
+
+
+def passes(pixels: Sequence[Tensor], cases: Sequence[Case]) -> list[bool] | None:
+    """Whether each first image shows exactly what its prompt says; None if some prompt describes no scene."""
+    found = verdicts(pixels, cases)
+    return [verdict.strict for verdict in found] if all(verdict.applies for verdict in found) else None
 
 
 @contextlib.contextmanager
