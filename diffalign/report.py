@@ -52,7 +52,7 @@ class Report:
             "best": self.best.tolist(),
             "seeds": self.seeds,
             "budget": dict(self.budget),
-            "curve": [list(point) for point in self.curve],
+            "curve": _plain(torch.tensor(self.curve, dtype=torch.float64)),
             "card": dict(self.card),
         }
 

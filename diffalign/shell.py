@@ -37,10 +37,10 @@ class Shell:
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> Self:
         """Wrap a loaded pipeline; both share their components, and a shell is unwrapped first, never stacked."""
-        made: Any = _shell_of(cls)
-        kind = shelled(made, stock_class(pipe))
         if not hasattr(pipe, "components") or not callable(pipe):
             raise ConfigError(f"from_pipe takes a diffusers pipeline, but got {type(pipe).__name__}.")
+        made: Any = _shell_of(cls)
+        kind = shelled(made, stock_class(pipe))
         shell: Self = object.__new__(kind)
         shell.__dict__.update({k: v for k, v in pipe.__dict__.items() if k != "report"})
         for name, component in components.items():

@@ -61,7 +61,7 @@ class Search:
             self._require(cost)
             bar.update(self.request.per_call)
             while self._wants_more() and self.budget.allows(**cost):
-                cost |= {"seconds": self._draw(len(self.scores))["seconds"]}
+                cost["seconds"] = max(cost["seconds"], self._draw(len(self.scores))["seconds"])
                 bar.update(self.request.per_call)
         return self._assemble()
 
@@ -101,6 +101,8 @@ class Search:
         self.top_k = each if self.top_k is None else self.top_k
 
     def _wants_more(self) -> bool:
+        if getattr(self.pipe, "_interrupt", False):  # a callback stopped the last call
+            return False
         return self.n is None or len(self.scores) * self.request.per_call < self.n
 
     def _keep(self, number: int, pixels: Tensor) -> None:
@@ -145,6 +147,11 @@ class Search:
                     f"reward '{self.reward.name}' is NaN for all {len(valid)} candidates of '{case.prompt[:80]}', so "
                     "there is nothing to choose from. Check that the images are sound and the reward can read them."
                 )
+        if self.top_k is not None and self.top_k > found.total.shape[1]:
+            raise BudgetError(
+                f"top_k is {self.top_k}, but the budget ended after {found.total.shape[1]} candidates. "
+                "Raise the budget or lower top_k."
+            )
         winners = [self.kept[p, int(k)] for p, row in enumerate(self._best()) for k in row]
         fields, key = media.open_output(self.output)
         joined = {name: media.join_rows([row[name] for row in winners]) for name in winners[0]}

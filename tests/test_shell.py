@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,40 @@ def test_reward_calls_and_seconds_are_limits_too():
     assert shell(**call("sd3", 1), reward=Brightness(), budget=Limits(reward_calls=2)).report.candidates == 2
     with pytest.raises(BudgetError, match="seconds per prompt"):
         shell(**call("sd3", 1), reward=Brightness(), budget=Limits(seconds=1e-6))
+
+
+def test_more_images_than_the_budget_allows_are_refused():
+    shell = BestOfNPipeline.from_pipe(build("sd3"))
+    with pytest.raises(BudgetError, match="top_k is 3, but the budget ended after 2"):
+        shell(**call("sd3", 1), reward=Brightness(), budget=16, top_k=3)
+
+
+def test_the_winner_does_not_depend_on_how_rewards_are_chunked():
+    shell = BestOfNPipeline.from_pipe(build("sd3"))
+    ask = {**call("sd3", 3), "reward": Brightness(), "n": 3}
+    reports = [shell(**ask, generator=seeded(), reward_chunk=chunk).report for chunk in (None, 1, 2)]
+    assert all(torch.equal(reports[0].best, report.best) for report in reports)
+
+
+def test_a_callback_that_interrupts_ends_the_search():
+    shell = BestOfNPipeline.from_pipe(build("sd3"))
+
+    def stop(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step == 1
+        return {}
+
+    out = shell(**call("sd3", 1), generator=seeded(), callback_on_step_end=stop, reward=Brightness(), n=4)
+    assert out.report.candidates < 4
+
+
+def test_the_report_is_plain_json():
+    out = BestOfNPipeline.from_pipe(build("sd3"))(**call("sd3", 2), generator=seeded(), reward=Brightness(), n=2)
+    assert json.loads(json.dumps(out.report.json(), allow_nan=False))["method"] == "best_of_n"
+
+
+def test_something_that_is_no_pipeline_is_refused():
+    with pytest.raises(ConfigError, match="got str"):
+        BestOfNPipeline.from_pipe("shapes-sd3")  # type: ignore[arg-type]
 
 
 def test_the_report_holds_parts_curve_and_theory():
