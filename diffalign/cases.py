@@ -30,7 +30,7 @@ class Case:
 
 
 def read_cases(path: str | Path, *, seed: int = 0) -> list[Case]:
-    """Cases from a text file (a prompt a line) or JSONL (`prompt`, optional `seed`, `metadata`); line k gets seed + k."""
+    """Cases from a text file (a prompt a line) or JSONL (`prompt`, optional `seed`, `metadata`)."""
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

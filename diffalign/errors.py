@@ -23,7 +23,9 @@ class UnknownName(DiffalignError):
         names = sorted(known)
         near = get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        return cls(f"no {kind} called '{name}'.{hint} Known: {', '.join(names) or 'none'}. Run `{listing}` to see more.")
+        return cls(
+            f"no {kind} called '{name}'.{hint} Known: {', '.join(names) or 'none'}. Run `{listing}` to see more."
+        )
 
 
 class MissingExtra(DiffalignError):

@@ -54,6 +54,8 @@ class ZooShow(Verb):
 class ZooMeasure(Verb):
     """Measure a model's accuracy again on held-out prompts, judged by the exact verifier.
 
+    A picture-text model is measured as a judge: the area under its ROC curve within prompts.
+
     \b
     diffalign zoo measure shapes-sd3 --n 200
     diffalign zoo measure shapes-turbo --seed 1 --json measured.json
@@ -77,7 +79,11 @@ class ZooMeasure(Verb):
         require_model(self.name)
         quiet_libraries()
         found = dict(zoo.measure(self.name, seed=self.seed, n=self.n))
-        print(f"{self.name}: {found['strict']:.3f} [{found['lo']:.3f}, {found['hi']:.3f}] on {found['n']} prompts")
+        print(
+            ", ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
+            )
+        )
         return found
 
 
@@ -101,20 +107,20 @@ class ZooBuild(Verb):
     def cost(self) -> dict[str, Any]:
         from diffalign import zoo
 
-        require_model(self.name)
-        card = zoo.card(self.name)
+        require_recipe(self.name)
+        card = zoo.card(self.name) if self.name in zoo.names() else {}
         return {"writes": self.folder(), "cost": card.get("cost", "not yet measured")}
 
     def run(self) -> dict[str, Any]:
         from diffalign import atomic, zoo
         from diffalign.cli.model import quiet_libraries
 
-        require_model(self.name)
+        require_recipe(self.name)
         atomic.require_folder(self.folder())
         quiet_libraries()
-        zoo.build(self.name, out=self.folder(), seed=self.seed)
-        print(f"built {self.name} in {self.folder()}")
-        return {"name": self.name, "folder": self.folder()}
+        built = str(zoo.build(self.name, out=self.folder(), seed=self.seed))
+        print(f"built {self.name} in {built}")
+        return {"name": self.name, "folder": built}
 
 
 def require_model(name: str) -> None:
@@ -124,6 +130,15 @@ def require_model(name: str) -> None:
 
     if name not in zoo.names():
         raise UnknownName.among("embedded model", name, zoo.names(), "diffalign zoo list")
+
+
+def require_recipe(name: str) -> None:
+    """The same for what can be rebuilt, which includes models that are not here yet."""
+    from diffalign.errors import UnknownName
+    from diffalign.zoo.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise UnknownName.among("recipe", name, RECIPES, "diffalign zoo list")
 
 
 def model_rows() -> list[dict[str, Any]]:
