@@ -68,6 +68,7 @@ def test_check_reports_every_capability_with_its_reason(tiny: str, here: Path):
     assert all(set(c) == {"ok", "error", "reason"} for c in found["capabilities"].values())
 
 
+@pytest.mark.slow
 def test_bench_seam_gives_two_ratios(here: Path):
     assert main(["bench", "seam", "--model-ms", "2", "--steps", "3", "--repeats", "1", "--json", "seam.json"]) == 0
     found = json.loads((here / "seam.json").read_text())
