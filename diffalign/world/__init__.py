@@ -1,7 +1,7 @@
 """The shapes world: scenes, captions, an exact renderer, an exact verifier and prompt sets.
 
-    from diffalign import world
-    verdicts = world.verify(images, world.prompts("heldout"))
+from diffalign import world
+verdicts = world.verify(images, world.prompts("heldout"))
 """
 
 from __future__ import annotations

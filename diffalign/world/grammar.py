@@ -1,4 +1,4 @@
-"""The language of the shapes world: text <-> clauses, covering GenEval's six task kinds and scenes of up to four objects.
+"""The language of the shapes world: text <-> clauses, for GenEval's six task kinds and scenes of up to four objects.
 
 prompt  = unit {("," | "and" | ", and") unit}        unit  = noun [relation noun]
 noun    = count [size] [colour] shape [place]        place = "on the left" | "at the top" | ...

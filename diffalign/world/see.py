@@ -79,7 +79,7 @@ def _read(image: Tensor) -> Sight:
 
 
 def _colours(image: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
-    """Label (H, W) of every pixel and coverage (C, H, W) per colour, taking pixels as mixtures of ground and one colour.
+    """Label (H, W) of every pixel and coverage (C, H, W) per colour, pixels being mixtures of ground and one colour.
 
     Labels count through COLOURS; one beyond is an unknown colour and -1 the ground.
     """

@@ -16,7 +16,6 @@ from diffalign.world.grammar import Clauses, Relation, Want, parse
 from diffalign.world.scenes import Shape, place_of, relations_between
 from diffalign.world.see import Sight, see
 
-
 EXACT = 6  # what `_suits` gives an object that meets every trait of a want
 
 
@@ -70,7 +69,7 @@ def assign(shapes: Sequence[Shape], wants: Sequence[Want]) -> tuple[list[list[Sh
         choices = [k for k, want in enumerate(wants) if want.shape == shape.kind]
         exact = [k for k in choices if _suits(shape, wants[k]) == EXACT]
         room = [k for k in choices if len(owned[k]) < wants[k].count]
-        # a red circle in place of a blue one is a wrong colour, but a third red one where two were asked is a wrong count
+        # red in place of blue is a wrong colour; a third red circle where two were asked is a wrong count
         choices = exact or room or choices
         if not choices:
             extra += 1

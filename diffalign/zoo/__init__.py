@@ -1,7 +1,7 @@
 """Tiny models that ship with the package, their cards, and the recipes that rebuild them on a CPU.
 
-    pipe = zoo.load("shapes-sd3")
-    image = pipe("two red circles", **zoo.card("shapes-sd3")["call"]).images[0]
+pipe = zoo.load("shapes-sd3")
+image = pipe("two red circles", **zoo.card("shapes-sd3")["call"]).images[0]
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ class AutoencoderConfig:
     images: int = 8192  # rendered once, then drawn from at random
     noise: float = 0.1  # added to the latents in training, so that the decoder forgives small errors
     shrink: float = 1e-3  # weight of the squared latents
-    fit: FitConfig = FitConfig(steps=1200, learning_rate=1.5e-3, warmup=50, ema=0.99, weight_decay=0.0)
+    fit: FitConfig = field(
+        default_factory=lambda: FitConfig(steps=1200, learning_rate=1.5e-3, warmup=50, ema=0.99, weight_decay=0.0)
+    )
 
 
 def make(config: AutoencoderConfig) -> Any:

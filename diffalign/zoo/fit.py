@@ -1,6 +1,6 @@
-"""The training loop of every recipe: AdamW, warm-up and cosine, EMA, resumable checkpoints without pickles.
+"""The training loop of every recipe: Muon or AdamW, warm-up and cosine, EMA, resumable checkpoints without pickles.
 
-Step k draws everything random from a generator seeded by (seed, k), so an interrupted run continues to the same weights.
+Step k draws everything random from a generator seeded by (seed, k), so an interrupted run ends at the same weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class FitConfig:
 
     steps: int
     learning_rate: float = 1e-3
+    matrix_rate: float = 0.0  # rate of Muon for the matrices inside transformer blocks; 0 leaves them to AdamW
     warmup: int = 100  # steps of linear warm-up
     floor: float = 0.02  # the cosine ends at this share of the learning rate
     weight_decay: float = 0.01
@@ -38,44 +39,63 @@ def fit(
 ) -> nn.Module:
     """Train `model` in place and return it with its averaged weights."""
     _keep_freed_memory()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
-    )
+    optimizers = _optimizers(model, config)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     file = folder / "state.safetensors"
-    start = _restore(file, model, average, optimizer) if resume and file.exists() else 0
+    start = _restore(file, model, average, optimizers) if resume and file.exists() else 0
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=title, mininterval=2.0)
     for step in bar:
-        value = _step(model, loss, config, optimizer, step, seed)
+        value = _step(model, loss, config, optimizers, step, seed)
         keep = min(config.ema, (1 + step) / (10 + step))
         for name, p in model.named_parameters():
             average[name].lerp_(p.detach(), 1 - keep)
         if step % 10 == 0:
             bar.set_postfix(loss=f"{value:.4f}")
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            _save(file, model, average, optimizer, step + 1)
+            _save(file, model, average, optimizers, step + 1)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(average[name])
     return model.eval()
 
 
+def _optimizers(model: nn.Module, config: FitConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, with Muon (Jordan et al., 2024) for the matrices of the blocks where a rate for them is set."""
+    inner = ("transformer_blocks.", ".layers.", "resblocks.")
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        inside = p.ndim == 2 and "norm" not in name and any(part in name for part in inner)
+        (matrices if inside and config.matrix_rate else others).append(p)
+    rate, decay = config.learning_rate, config.weight_decay
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=decay)]
+    if matrices:
+        decay *= rate / config.matrix_rate
+        found.append(
+            torch.optim.Muon(matrices, lr=config.matrix_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return found
+
+
 def _step(
-    model: nn.Module, loss: Loss, config: FitConfig, optimizer: torch.optim.Optimizer, step: int, seed: int
+    model: nn.Module, loss: Loss, config: FitConfig, optimizers: list[torch.optim.Optimizer], step: int, seed: int
 ) -> float:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     done = max(step - config.warmup, 0) / max(config.steps - config.warmup, 1)
     cosine = config.floor + (1 - config.floor) * (1 + math.cos(math.pi * done)) / 2
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * cosine * min(1.0, (step + 1) / max(config.warmup, 1))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak"] * cosine * min(1.0, (step + 1) / max(config.warmup, 1))
     model.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
         value = loss(step, generator)
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     value.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return float(value.detach())
 
 
@@ -91,21 +111,26 @@ def _keep_freed_memory() -> None:
 
 
 def _save(
-    file: Path, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int
+    file: Path, model: nn.Module, average: dict[str, Tensor], optimizers: list[torch.optim.Optimizer], step: int
 ) -> None:
     from safetensors.torch import save_file
 
     state = {f"model.{k}": v.detach().clone().contiguous() for k, v in model.state_dict().items()}
     state |= {f"average.{k}": v.contiguous() for k, v in average.items()}
     for name, p in model.named_parameters():
-        for key, value in optimizer.state.get(p, {}).items():
+        for key, value in _owner(p, optimizers).state.get(p, {}).items():
             state[f"optimizer.{key}.{name}"] = value.clone().contiguous()
     unfinished = file.with_suffix(".part")
     save_file(state, unfinished, metadata={"step": str(step)})
     os.replace(unfinished, file)
 
 
-def _restore(file: Path, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+def _owner(p: nn.Parameter, optimizers: list[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    """The optimizer that updates a parameter."""
+    return next(o for o in optimizers for group in o.param_groups if any(q is p for q in group["params"]))
+
+
+def _restore(file: Path, model: nn.Module, average: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> int:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stored:
@@ -116,5 +141,5 @@ def _restore(file: Path, model: nn.Module, average: dict[str, Tensor], optimizer
             average[name] = stored.get_tensor(f"average.{name}")
             slots = [n.split(".", 2)[1] for n in names if n.startswith("optimizer.") and n.split(".", 2)[2] == name]
             if slots:
-                optimizer.state[p] = {key: stored.get_tensor(f"optimizer.{key}.{name}") for key in slots}
+                _owner(p, optimizers).state[p] = {key: stored.get_tensor(f"optimizer.{key}.{name}") for key in slots}
     return step
