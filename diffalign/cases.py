@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,22 @@ def _parse(line: str, path: Path, number: int, seed: int) -> Case:
     return Case(prompt=row["prompt"], seed=own, metadata={**rest, **given})
 
 
+def derived_seed(seed: int, *stream: str | int) -> int:
+    """A seed below 2^48 that depends on `seed` and the named stream only; different streams share no noise."""
+    digest = hashlib.sha256(repr((int(seed), *stream)).encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def candidate_seed(seed: int, candidate: int) -> int:
+    """The seed of a case's candidate: the first is the case itself, the others draw noise that no other case draws."""
+    return derived_seed(seed, "candidate", candidate) if candidate else seed
+
+
+def row_seed(seed: int, row: int) -> int:
+    """The seed of a batch's row where one generator serves them all: the first row has the generator's own."""
+    return derived_seed(seed, "row", row) if row else seed
+
+
 def batched(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
     """Consecutive chunks of at most `size`."""
     for start in range(0, len(cases), size):
@@ -74,5 +91,5 @@ def batched(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
 
 
 def repeat(cases: Sequence[Case], times: int) -> list[Case]:
-    """Each case `times` in a row, with seeds seed, seed + 1, ...; candidate 0 keeps the case's own seed."""
-    return [case.with_seed(case.seed + k) for case in cases for k in range(times)]
+    """Each case `times` in a row, as its candidates: the first keeps the case's own seed."""
+    return [case.with_seed(candidate_seed(case.seed, k)) for case in cases for k in range(times)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,8 +63,8 @@ class Conformance:
 
     def json(self) -> dict[str, Any]:
         """The stable machine-readable form."""
-        rows = {k: {"ok": c.ok, "error": c.error, "reason": c.reason} for k, c in self.capabilities.items()}
-        return {"pipeline": self.pipeline, "capabilities": rows, "notes": dict(self.notes)}
+        rows = {k: {"ok": c.ok, "error": _finite(c.error), "reason": c.reason} for k, c in self.capabilities.items()}
+        return {"pipeline": self.pipeline, "capabilities": rows}
 
     def table(self) -> str:
         """The human-readable form, one line per capability."""
@@ -72,6 +73,10 @@ class Conformance:
             for k, c in self.capabilities.items()
         ]
         return "\n".join([self.pipeline, *rows])
+
+
+def _finite(error: float | None) -> float | None:
+    return error if error is not None and math.isfinite(error) else None
 
 
 def _number(error: float | None) -> str:
@@ -314,13 +319,15 @@ class Trial:
     def offload(self) -> Capability:
         driver = self.new_driver()
         with offload_hooks(self.pipe) as entries:
+            driver.start()
+            once = dict(entries)
             error = max(
                 difference(driver.predict(x, i), self.stock.predictions[i]) for i, x in enumerate(self.stock.samples)
             )
             error = max(error, difference(driver.rollout(quiet=True).media, self.stock.media))
             driver.close()
         heavy = {k: n for k, n in entries.items() if "text_encoder" in k}
-        if any(n > 2 for n in heavy.values()):
+        if any(n > once[k] for k, n in heavy.items()):
             return Capability(False, error, f"encoders ran again and again: {heavy}")
         return self.verdict(error, "each text encoder ran once a prompt" if heavy else "no text encoder")
 

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.errors import ConfigError, MediaError, ModelError
+from diffalign import vision
+from diffalign.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 FIELDS = ("images", "frames", "videos", "video")  # where pipelines put what they made
-
-
-def read_image(path: str | Path) -> Tensor:
-    """An image file as (3, H, W) float32 in [0, 1]."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return to_tensor([image.convert("RGB")])[0]
-    except FileNotFoundError as e:
-        raise MediaError(f"there is no image '{path}'.") from e
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise MediaError(f"cannot read '{path}' as an image: {e}. It may be truncated or of another type.") from e
 
 
 def to_tensor(found: Any) -> Tensor:
@@ -41,7 +28,7 @@ def to_tensor(found: Any) -> Tensor:
     if isinstance(found, list | tuple) and found:
         if isinstance(found[0], Tensor | np.ndarray | list | tuple):
             return torch.stack([to_tensor(part) for part in found])
-        return torch.stack([_from_pil(image) for image in found])
+        return vision.to_tensor(found)
     raise ModelError(f"cannot read {type(found).__name__} as images. Ask the pipeline for output_type='pt'.")
 
 
@@ -62,8 +49,7 @@ def convert(pixels: Tensor, output_type: str) -> Any:
 
 def to_pil(pixels: Tensor) -> Image.Image:
     """One image (3, H, W) as PIL."""
-    image: Image.Image = convert(pixels[None].detach().clamp(0, 1), "pil")[0]
-    return image
+    return vision.to_pil(pixels[None])[0]
 
 
 def require_finite(pixels: Tensor, who: str) -> None:
@@ -102,10 +88,6 @@ def _one(picture: Any) -> Image.Image | None:
 def _plain(pixels: Tensor) -> Image.Image:
     """Pixels in [0, 1] or [-1, 1] as PIL; diffusers accepts both."""
     return to_pil((pixels / 2 + 0.5 if pixels.min() < 0 else pixels).float())
-
-
-def _from_pil(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def open_output(output: Any) -> tuple[dict[Any, Any], Any]:

@@ -13,7 +13,6 @@ density.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffalign.cases import derived_seed
 from diffalign.errors import ConfigError, SeamError
 
 Convention = Literal["sum", "mean"]
@@ -232,8 +232,7 @@ KERNELS: dict[str, Callable[..., Kernel]] = {"ddim": ddim, "cps": cps, "flow_sde
 
 def case_generator(seed: int, *stream: str | int) -> torch.Generator:
     """A CPU generator that depends on the case's seed and the named stream only, never on the batch."""
-    digest = hashlib.sha256(repr((int(seed), *stream)).encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator("cpu").manual_seed(derived_seed(seed, *stream))
 
 
 def case_noise(seeds: Sequence[int], like: Tensor, *stream: str | int) -> Tensor:

@@ -10,18 +10,16 @@ from typing import Any
 import torch
 
 from diffalign import media
-from diffalign.cases import Case
+from diffalign.cases import Case, candidate_seed, row_seed
 from diffalign.errors import ConfigError
-
-ROW_STRIDE = 1 << 20  # between the seeds of rows that share one generator; more candidates than this are never drawn
 
 
 @dataclass
 class Request:
     """The arguments of one stock call and the cases they stand for.
 
-    Candidate k of a case is drawn from seed `case.seed + k`, on a generator of its own, so it does not depend on its
-    neighbours. Candidates of the first call are the stock images: they get the caller's own generator and latents.
+    Candidate k of a case is drawn from `candidate_seed(case.seed, k)`, on a generator of its own, so it does not depend
+    on its neighbours. Candidates of the first call are the stock images: they get the caller's own generator, latents.
     """
 
     arguments: dict[str, Any]
@@ -67,7 +65,7 @@ class Request:
         """The seed of a prompt's candidate; one of the first call has its own generator's if the caller gave a list."""
         if candidate < self.per_call and isinstance(self.generator, list):
             return int(self.generator[row * self.per_call + candidate].initial_seed())
-        return self.cases[row].seed + candidate
+        return candidate_seed(self.cases[row].seed, candidate)
 
     def asked(self, number: int, **changes: Any) -> dict[str, Any]:
         """Arguments of stock call `number`: 0 is the caller's own, later ones draw fresh noise from their own seeds."""
@@ -121,7 +119,8 @@ def _seeds(generator: Any, prompts: int, per_call: int) -> list[int]:
     if isinstance(generator, list):
         return [int(generator[row * per_call].initial_seed()) for row in range(prompts)]
     if generator is not None:
-        return [(int(generator.initial_seed()) + row * ROW_STRIDE) % 2**63 for row in range(prompts)]
+        first = int(generator.initial_seed())
+        return [row_seed(first, row) for row in range(prompts)]
     return [int(seed) for seed in torch.randint(2**62, (prompts,))]  # follows torch.manual_seed, as the stock call does
 
 

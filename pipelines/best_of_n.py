@@ -3,8 +3,8 @@
 Paper: "Asymptotics of Language Model Alignment", Yang et al., 2024 (arXiv 2404.01730), for what the selection does to
 the distribution; the formulas live in `diffalign/search/best_of_n.py`.
 
-Where we differ: nowhere. Candidate 0 is the stock image for the caller's generator; candidate k draws from seed + k on
-a generator of its own.
+Where we differ: nowhere. Candidate 0 is the stock image for the caller's generator; later candidates draw from seeds of
+their own, derived from the case's seed (`cases.candidate_seed`).
 """
 
 from __future__ import annotations

@@ -32,14 +32,11 @@ class SeamBench:
                 raise ConfigError(f"bench.{name} is {getattr(self, name)}, but it must be above 0.")
 
 
-def measure(
-    config: SeamBench | None = None, *, pipe: Any = None, on_step: Callable[[str], None] = lambda _: None, **call: Any
-) -> dict[str, Any]:
-    """Time both ratios on `pipe` with its `call`, by default on a random model of the configured size."""
+def measure(config: SeamBench | None = None, *, on_step: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Time both ratios on a random model of the configured size; `on_step` hears what is being timed."""
     config = config or SeamBench()
-    if pipe is None:
-        on_step("building a model")
-        pipe, call = _sized_model(config)
+    on_step("building a model")
+    pipe, call = _sized_model(config)
     call["num_inference_steps"] = config.steps
     driver = Driver(pipe, **call)
     x = driver.start()

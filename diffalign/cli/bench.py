@@ -23,7 +23,7 @@ class Seam(Verb):
     NAME: ClassVar[str] = "seam"
     model_ms: Annotated[float, Opt("How long one call of the model takes, in milliseconds.")] = 50.0
     steps: Annotated[int, Opt("Steps of a rollout.")] = 20
-    repeats: Annotated[int, Opt("Measurements; the median counts.")] = 5
+    repeats: Annotated[int, Opt("Timed pairs; the median of their ratios counts.")] = 15
 
     def __post_init__(self) -> None:
         for name, value in (("model_ms", self.model_ms), ("steps", self.steps), ("repeats", self.repeats)):
@@ -31,12 +31,17 @@ class Seam(Verb):
                 raise ConfigError(f"{name} is {value}, but it must be above 0.")
 
     def cost(self) -> dict[str, Any]:
-        return {"seconds": round(2 * self.repeats * (self.steps + 1) * self.model_ms / 1000, 1)}
+        calls = 2 * self.repeats + 2 * (self.repeats // 5 + 2) * self.steps
+        return {"seconds": round(calls * self.model_ms / 1000, 1)}
 
     def run(self) -> dict[str, Any]:
         from diffalign.bench import seam
 
-        found = dict(seam.measure(model_ms=self.model_ms, steps=self.steps, repeats=self.repeats))
+        rollouts = self.repeats // 5 + 1
+        size = seam.SeamBench(
+            model_ms=self.model_ms, steps=self.steps, repeats=self.repeats, rollouts=rollouts, seed=self.seed
+        )
+        found = seam.measure(size)
         for name, value in found.items():
             print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
         return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from diffalign.cli.model import SEED_STRIDE, ModelVerb, Split
+from diffalign.cli.model import ModelVerb, Split
 from diffalign.cli.verb import Opt
 from diffalign.errors import ConfigError
 
@@ -52,6 +52,7 @@ class Demo(ModelVerb):
         import random
 
         from diffalign import world
+        from diffalign.cases import derived_seed
 
         kinds: dict[str, dict[str, Case]] = {}
         every = list(world.prompts(self.split))
@@ -60,7 +61,7 @@ class Demo(ModelVerb):
             kinds.setdefault(str(case.metadata.get("tag")), {})[case.prompt] = case
         piles = [list(kinds[tag].values()) for tag in sorted(kinds)]
         dealt = [pile[k] for k in range(max(map(len, piles))) for pile in piles if k < len(pile)]
-        return [case.with_seed(self.seed + i * SEED_STRIDE) for i, case in enumerate(dealt[: self.prompts])]
+        return [case.with_seed(derived_seed(self.seed, "prompt", i)) for i, case in enumerate(dealt[: self.prompts])]
 
     def run(self) -> dict[str, Any]:
         from diffalign import atomic, scoring

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from diffalign.cases import Case
 
 LONGEST_PROMPT = 4000  # characters; text encoders here read 12 to 512 tokens
-SEED_STRIDE = 1 << 20  # between the seeds of two prompts, so that their candidates never share noise
 Split = Literal["heldout", "hard", "train"]
 
 
@@ -110,7 +109,9 @@ class PromptVerb(ModelVerb):
         return cases
 
     def spaced(self, cases: list[Case]) -> list[Case]:
-        return [case.with_seed(self.seed + i * SEED_STRIDE) for i, case in enumerate(cases)]
+        from diffalign.cases import derived_seed
+
+        return [case.with_seed(derived_seed(self.seed, "prompt", i)) for i, case in enumerate(cases)]
 
 
 def require_prompts(cases: list[Case]) -> None:

@@ -132,9 +132,9 @@ def _score_batch(
     """Fill in `rows` for these images; sizes may differ, so each size is scored on its own."""
     import torch
 
-    from diffalign import media, scoring
+    from diffalign import scoring, vision
 
-    pictures = [media.read_image(path) for path, _ in pairs]
+    pictures = [tensor[0] for tensor in vision.read_images(path for path, _ in pairs)]
     for size in dict.fromkeys(tuple(p.shape) for p in pictures):
         at = [i for i, p in enumerate(pictures) if tuple(p.shape) == size]
         batch, cases = torch.stack([pictures[i] for i in at]).to(device), [pairs[i][1] for i in at]

@@ -44,6 +44,10 @@ class Verb:
         """What a run would cost, for --dry-run; cheap to compute."""
         return {}
 
+    def status(self, result: Any) -> int:
+        """The exit code of a run that ended without an error."""
+        return 0
+
 
 def add(app: typer.Typer, verb: type[Verb]) -> None:
     """Make `verb` a command of `app`."""
@@ -142,7 +146,7 @@ def _execute(verb: type[Verb], asked: dict[str, Any], words: list[str], shared: 
         result = settings.run()
     if shared["json_file"]:
         atomic.write_json(shared["json_file"], result)
-    return 0
+    return 0 if shared["dry_run"] else settings.status(result)
 
 
 def _settings(verb: type[Verb], asked: dict[str, Any], words: list[str], file: str | None) -> Verb:
