@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from diffalign.cases import Case
 from diffalign.errors import ConfigError, SeamError
 
 OURS = ("latents", "output_type", "return_dict", "generator")  # what the seam sets itself
-PER_CASE = re.compile(r"prompt|image|embeds|mask|video")  # argument names that hold one entry per case
+COUNTED = ("prompt", "prompt_embeds", "image", "image_embeds", "image_embeddings", "class_labels")  # one entry per case
+PER_CASE = re.compile(r"prompt|image|embeds|mask|video|labels")  # argument names that hold one entry per case
 
 
 def stock_call(pipe: Any) -> Callable[..., Any]:
@@ -29,6 +31,21 @@ def stock_call(pipe: Any) -> Callable[..., Any]:
 def undecorated(pipe: Any) -> Callable[..., Any]:
     """The stock call of `pipe` without its `no_grad`, bound: the same image bit for bit, and gradients flow."""
     return inspect.unwrap(stock_call(pipe)).__get__(pipe)  # type: ignore[no-any-return]
+
+
+def unread_output(call: Callable[..., Any]) -> str:
+    """The `output_type` for runs whose media nobody reads: latents, where the pipeline's file knows the word."""
+    try:
+        source = inspect.getsource(sys.modules[call.__module__])
+    except (OSError, TypeError, KeyError):
+        return "latent"
+    return "latent" if re.search(r"""["']latent["']""", source) else "pt"
+
+
+def counts_steps(call: Callable[..., Any]) -> bool:
+    """Whether a `__call__` could number its steps; a plain walk over the timesteps has no index to miss."""
+    code = getattr(call, "__code__", None)
+    return code is None or "enumerate" in code.co_names
 
 
 def parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
@@ -67,13 +84,13 @@ def from_cases(pipe: Any, cases: Sequence[Case], call: Mapping[str, Any]) -> dic
 
 def batch_of(call: Mapping[str, Any]) -> int:
     """How many cases a stock call asks for."""
-    for name in ("prompt", "prompt_embeds", "image"):
+    for name in COUNTED:
         value = call.get(name)
         if isinstance(value, list | tuple | Tensor):
             return len(value)
         if value is not None:
             return 1
-    return 1
+    return int(call.get("batch_size") or 1)
 
 
 def take(call: Mapping[str, Any], rows: Sequence[int], batch: int) -> dict[str, Any]:
@@ -84,6 +101,8 @@ def take(call: Mapping[str, Any], rows: Sequence[int], batch: int) -> dict[str, 
 
 
 def _take_one(name: str, value: Any, rows: Sequence[int], batch: int) -> Any:
+    if name == "batch_size" and value == batch:
+        return len(rows)
     if value is None or not PER_CASE.search(name) or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Tensor):

@@ -15,12 +15,9 @@ def temporary_lora(module: nn.Module, *, rank: int = 2) -> Iterator[int]:
     """A random LoRA on up to eight linear layers of `module`; yields how many took one."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [
-        n
-        for n, m in module.named_modules()
-        if isinstance(m, nn.Linear) and any(p in n for p in ("attn", "to_q", "ff", "proj"))
-    ][:8]
-    names = names or [n for n, m in module.named_modules() if isinstance(m, nn.Linear)][:8]
+    linear = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    attention = [n for n in linear if n.rpartition(".")[2] in ("to_q", "to_k", "to_v", "qkv")]
+    names = (attention or [n for n in linear if "attn" in n or "ff" in n] or linear)[:8]
     children = {p: dict(m.named_children()) for p, m in module.named_modules()}
     own = dict(vars(module))
     flags = {p: p.requires_grad for p in module.parameters()}

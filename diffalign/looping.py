@@ -21,12 +21,13 @@ from torch import Tensor
 from diffalign import arguments
 from diffalign.budget import Budget
 from diffalign.cases import Case
-from diffalign.errors import ModelError, SeamError
+from diffalign.errors import DiffalignError, ModelError, SeamError
 from diffalign.restore import KeptState
-from diffalign.standin import IndexUnseen, Run, stand_in, with_true_index
-from diffalign.tap import REMEMBERED, Memory, Tap, Watch
+from diffalign.standin import IndexUnseen, Previewed, Run, stand_in, with_true_index
+from diffalign.tap import Memory, Watch, taps_on
 
 Answer = Callable[[int, Tensor, Tensor], Tensor | None]
+PATIENCE = 4  # passes of one stock call until we know what it does before its loop and in its blank steps
 
 
 class LatentsChanged(BaseException):
@@ -61,7 +62,7 @@ class Loop:
         self._known = arguments.parameters(pipe)
         self._watch = Watch(self.memory, {})
         self._function = with_true_index(inspect.unwrap(arguments.stock_call(pipe)), lambda: self._watch.run)
-        self._taps = _taps(pipe, self.modules, self._watch)
+        self._taps = taps_on(pipe, self.modules, self._watch)
         self._kept = KeptState(self.modules)
         self._device = getattr(pipe, "_execution_device", None)
         self._timesteps: Tensor | None = None
@@ -75,6 +76,10 @@ class Loop:
         self._takes_latents: bool | None = None
         self._passes_latents = False  # they reach the first step, though handing them in may shift later draws
         self._hides_index = False
+        self._needs_model = False  # blank steps run the model and throw its output away
+        self._raw = arguments.unread_output(arguments.stock_call(pipe))
+        self._counts = arguments.counts_steps(self._function)
+        self._previews = 0  # how many times the pipeline reads through its timesteps before its loop
 
     @property
     def denoiser(self) -> str | None:
@@ -153,22 +158,43 @@ class Loop:
 
         return guarded
 
-    def _run(
+    def _run(self, run: Run, **options: Any) -> Any:
+        """The stock call under `run`; again where it reads its timesteps beforehand or cannot do without its model."""
+        run.wet = self._needs_model
+        for _ in range(PATIENCE):
+            run.previews, run.strict_index = self._previews, self._counts
+            try:
+                out = self._stock(run, **options)
+            except Previewed:
+                self._previews += 1
+            except DiffalignError:
+                raise
+            except Exception:
+                if run.wet or run.answered or not (run.blank and run.in_loop):
+                    raise
+                run.wet = True
+            else:
+                self._needs_model |= run.wet and not run.guess
+                return out
+            run.restart()
+        raise SeamError(f"{type(self.pipe).__name__} walks over its timesteps without ever stepping its scheduler.")
+
+    def _stock(
         self,
         run: Run,
         *,
         grad: bool = False,
         latents: Tensor | None = None,
-        output_type: str = "latent",
+        output_type: str | None = None,
         callback: Any = None,
         quiet: bool = True,
         generators: list[torch.Generator] | None = None,
     ) -> Any:
         """The stock call under `run`; returns its media field."""
-        self._live = generators or [_generator(s) for s in self.seeds]
+        self._live = [g.clone_state() for g in generators or map(_generator, self.seeds)]
         own = {
             "generator": self._live[0] if self.batch == 1 else self._live,
-            "output_type": output_type,
+            "output_type": output_type or self._raw,
             "return_dict": False,
             "latents": latents,
             "callback_on_step_end": callback,
@@ -221,21 +247,21 @@ class Loop:
         """What the first step sees for the cases' own seeds; costs a model call only where blank ones do not fit."""
         if "generator" not in self._known:
             raise SeamError(f"{type(self.pipe).__name__} takes no generator, so its cases cannot own their seeds.")
-        try:
-            seen = self._sample_at_first_step(guess=True)
-        except (
-            Exception
-        ):  # a guessed model output that this pipeline cannot use; the real one below tells why if that fails too
-            seen = self._sample_at_first_step(guess=False)
+        seen = self._sample_at_first_step()
         if seen is None:
             raise SeamError(f"the loop of {type(self.pipe).__name__} does not walk over its scheduler's timesteps.")
+        if len(seen) != self.batch:
+            raise SeamError(
+                f"{type(self.pipe).__name__} steps {len(seen)} latents for {self.batch} case(s), and rows must be "
+                "cases: each owns its seed."
+            )
         self._takes_latents = "latents" in self._known and self._hands_on(seen)
         return seen
 
     def _hands_on(self, x: Tensor) -> bool:
         """Whether the first step sees the latents that the call is given, and the generators are left alone."""
         try:
-            seen = self._sample_at_first_step(guess=True, latents=x)
+            seen = self._sample_at_first_step(latents=x)
         except Exception:
             return False
         self._passes_latents = seen is not None and _same_bits(seen, x)
@@ -244,7 +270,7 @@ class Loop:
         )
         return self._passes_latents and untouched  # else later draws would not be the stock call's
 
-    def _sample_at_first_step(self, *, guess: bool, latents: Tensor | None = None) -> Tensor | None:
+    def _sample_at_first_step(self, *, latents: Tensor | None = None) -> Tensor | None:
         seen: list[Tensor] = []
 
         def capture(index: int, prediction: Tensor, sample: Tensor) -> Tensor:
@@ -253,9 +279,7 @@ class Loop:
                 self._drawn = [g.get_state() for g in self._live]
             return sample
 
-        run = Run(
-            capture, visit=[0], blank=frozenset([0] if guess else []), guess=guess, unit_start=latents is not None
-        )
+        run = Run(capture, visit=[0], blank=frozenset([0]), guess=True, unit_start=latents is not None)
         self._run(run, latents=latents)
         return seen[0] if seen else None
 
@@ -281,6 +305,7 @@ class Loop:
     def _native_scheduler(self) -> Any:
         """The native scheduler after the pipeline's own `set_timesteps`, with no step taken."""
         plain = copy.deepcopy(self.scheduler)
+        plain.__dict__.pop("step", None)
         plain.__dict__.update({k: None for k in ("_begin_index", "_step_index") if k in plain.__dict__})
         return plain
 
@@ -304,19 +329,3 @@ def _same_bits(a: Any, b: Tensor) -> bool:
     if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return False
     return a is b or torch.equal(a.detach(), b.detach())
-
-
-def _taps(pipe: Any, modules: dict[str, torch.nn.Module], watch: Watch) -> dict[str, Any]:
-    """What the pipeline's attributes are replaced by: tapped modules and processors, remembered methods."""
-    taps: dict[str, Any] = {name: Tap(name, module, watch) for name, module in modules.items()}
-    for name, value in vars(pipe).items():
-        if callable(getattr(value, "preprocess", None)) and callable(getattr(value, "postprocess", None)):
-            taps[name] = Tap(name, value, watch)
-    for name in dir(type(pipe)):
-        if REMEMBERED.match(name) and callable(inspect.getattr_static(type(pipe), name)):
-            taps[name] = _remembering(watch.memory, name, getattr(pipe, name))
-    return taps
-
-
-def _remembering(memory: Memory, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: memory.call(name, method, args, kwargs)

@@ -94,14 +94,26 @@ def read_levels(scheduler: Any, timesteps: Tensor) -> Levels:
         raise SeamError(
             f"{type(scheduler).__name__} has neither add_noise nor scale_noise, so its noise levels are unknown."
         )
-    timesteps = timesteps.detach().cpu()
+    timesteps, cut = timesteps.detach().cpu(), _stopped_at(scheduler, timesteps)
+    if cut is not None:
+        timesteps = torch.cat([timesteps, cut])
     one, zero = torch.ones(len(timesteps), dtype=torch.float64), torch.zeros(len(timesteps), dtype=torch.float64)
     by_name = add.__name__ == "scale_noise"
     alpha = add(one, timesteps, zero) if by_name else add(one, zero, timesteps)
     sigma = add(zero, timesteps, one) if by_name else add(zero, one, timesteps)
-    last_alpha, last_sigma = _last_level(scheduler, flow=_is_flow(alpha, sigma))
-    alpha, sigma = torch.cat([alpha, last_alpha]).double(), torch.cat([sigma, last_sigma]).double()
+    if cut is None:
+        last_alpha, last_sigma = _last_level(scheduler, flow=_is_flow(alpha, sigma))
+        alpha, sigma = torch.cat([alpha, last_alpha]), torch.cat([sigma, last_sigma])
+    alpha, sigma = alpha.double(), sigma.double()
     return Levels(alpha.cpu(), sigma.cpu(), _prediction_type(scheduler, flow=_is_flow(alpha[:-1], sigma[:-1])))
+
+
+def _stopped_at(scheduler: Any, timesteps: Tensor) -> Tensor | None:
+    """The timestep (1,) whose level a loop stops at before the end of its scheduler's chain; None at the end."""
+    native, last = torch.as_tensor(scheduler.timesteps).detach().cpu(), timesteps[-1:].detach().cpu()
+    places = (native == last).nonzero() if native.ndim == 1 else native[:0]
+    following = int(places[-1]) + 1 if len(places) else len(native)
+    return native[following : following + 1].to(last.dtype) if following < len(native) else None
 
 
 def _trigonometric(angles: Tensor, unit: float) -> Levels:

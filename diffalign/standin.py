@@ -19,6 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from diffalign.errors import SeamError
+
 Answer = Callable[
     [int, Tensor, Tensor], Tensor | None
 ]  # (index, prediction, sample) -> next latent, None for the native step
@@ -26,6 +28,10 @@ Answer = Callable[
 
 class IndexUnseen(BaseException):
     """Raised inside a pipeline whose loop does not see our index, before a model call is wasted on the wrong one."""
+
+
+class Previewed(BaseException):
+    """Raised inside a pipeline that reads through its timesteps without stepping, to count or filter them."""
 
 
 @dataclass
@@ -37,6 +43,8 @@ class Run:
     blank: frozenset[int] = frozenset()  # visits (by order) whose model calls are answered without running the model
     guess: bool = False  # a blank call whose output shape is unknown looks like its input instead of running the model
     unit_start: bool = False  # latents are handed in as they are, so init_noise_sigma must be 1
+    wet: bool = False  # this pipeline needs its model to run even where the output is thrown away
+    previews: int = 0  # how many times the pipeline reads through its timesteps before its loop
     strict_index: bool = True  # refuse to call the model while the loop's own index is not ours
     on_step: Callable[[], None] = field(default=lambda: None)  # told after every step, before the answer
     order: int = -1  # how many visits have begun, minus one
@@ -45,6 +53,9 @@ class Run:
     current: Tensor | None = None
     timesteps: Tensor | None = None  # (T,) what the pipeline's loop really walks over
     last: Tensor | None = None  # what the latest step gave back
+    entered: int = 0  # how many times the timesteps have been iterated
+    steps: int = 0  # scheduler steps of the current visit
+    answered: bool = False  # a step that is not blank has been answered
 
     @property
     def in_loop(self) -> bool:
@@ -55,7 +66,27 @@ class Run:
         return self.order in self.blank
 
     def begin(self, order: int, position: int, t: Tensor | None) -> None:
-        self.order, self.position, self.current = order, position, t
+        self.order, self.position, self.current, self.steps = order, position, t, 0
+
+    def __deepcopy__(self, memo: Any) -> Run:
+        """A pipeline that copies its scheduler's state and puts it back stays under this run."""
+        return self
+
+    def restart(self) -> None:
+        """Forget a pass that was broken off before its first answer."""
+        self.begin(-1, -1, None)
+        self.indexed, self.timesteps, self.last, self.entered = False, None, None, 0
+
+    def count_step(self, scheduler: str) -> None:
+        """Note one scheduler step; the pipeline's latents must take exactly one per timestep."""
+        self.steps += 1
+        if self.in_loop and self.steps > 1:
+            raise SeamError(
+                f"this pipeline calls {scheduler}.step more than once per timestep, for several views or twice for the "
+                "same latents, so no single prediction leads from one level to the next. Use it without a reward."
+            )
+        self.on_step()
+        self.answered |= not self.blanked
 
     def needs_index(self) -> bool:
         """Whether the model is about to run at a loop index that the pipeline would take for another one."""
@@ -116,6 +147,8 @@ def _subclass(real: type) -> type:
         own = {k: v for k, v in self.__dict__.items() if k not in ("run", "_walk_type", "_schedules", "timesteps")}
         twin.__dict__.update(copy.deepcopy(own, memo))
         twin.__dict__["timesteps"] = torch.as_tensor(self.timesteps).as_subclass(torch.Tensor).clone()
+        if "run" in self.__dict__:
+            twin.__dict__["step"] = functools.partial(_step_beside, self, functools.partial(real.step, twin))  # type: ignore[attr-defined]
         return twin
 
     body = {"set_timesteps": set_timesteps, "step": step, "__deepcopy__": deepcopy, "__module__": real.__module__}
@@ -155,16 +188,38 @@ def _answer_step(self: Any, real: type, args: tuple[Any, ...], kwargs: dict[str,
     bound = _signature(real.step).bind(self, *args, **kwargs)  # type: ignore[attr-defined]
     prediction, sample = _first(bound.arguments, "model_output"), _first(bound.arguments, "sample")
     run: Run = self.run
-    run.on_step()
+    run.count_step(real.__name__)
     following = run.answer(run.position, prediction, sample)
     if following is None:
         native = real.step(self, *args, **kwargs)  # type: ignore[attr-defined]
         run.last = native[0] if isinstance(native, tuple) else native.prev_sample
         return native
     run.last = following
+    _count_on(self, bound.arguments.get("timestep"))
     if bound.arguments.get("return_dict", True) is False:
         return following, following
     return _Output(prev_sample=following, pred_original_sample=following)
+
+
+def _step_beside(owner: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A step of a copy of our scheduler: it moves a second latent, which is right only if every step before was run."""
+    run: Run = owner.run
+    visited = range(run.order + 1) if run.visit is None else run.visit[: run.order + 1]
+    if run.in_loop and not run.blanked and list(visited) != list(range(run.position + 1)):
+        raise SeamError(
+            f"this pipeline moves a second latent beside the one it returns, so its step {run.position} has a history "
+            "that latents handed to us cannot carry. Roll out from step 0 instead."
+        )
+    return step(*args, **kwargs)
+
+
+def _count_on(scheduler: Any, timestep: Any) -> None:
+    """Advance a scheduler that counts its own steps past one we answered: the loop may add noise at its next level."""
+    if "_step_index" not in scheduler.__dict__ or not hasattr(scheduler, "_init_step_index"):
+        return
+    if scheduler._step_index is None:
+        scheduler._init_step_index(timestep)
+    scheduler._step_index += 1
 
 
 def _first(arguments: dict[str, Any], name: str) -> Tensor:
@@ -203,6 +258,9 @@ def _walk_type(owner: Any) -> type[Tensor]:
         def __iter__(self) -> Iterator[Tensor]:
             return _visits(owner, self.as_subclass(torch.Tensor))
 
+        def __deepcopy__(self, memo: Any) -> Tensor:  # type: ignore[override]
+            return self.as_subclass(torch.Tensor).clone()
+
     return Walk
 
 
@@ -222,6 +280,10 @@ _KEEPERS = {
 
 def _visits(owner: Any, timesteps: Tensor) -> Iterator[Tensor]:
     run: Run = owner.run
+    run.entered += 1
+    if run.entered <= run.previews:
+        yield from timesteps
+        return
     run.timesteps = timesteps
     base = owner.__dict__.get("_begin_index")
     for order, index in enumerate(range(len(timesteps)) if run.visit is None else run.visit):
@@ -230,6 +292,8 @@ def _visits(owner: Any, timesteps: Tensor) -> Iterator[Tensor]:
         t = timesteps[index]
         run.begin(order, index, t)
         yield t
+        if not run.steps:
+            raise Previewed
 
 
 def _seek(owner: Any, base: int | None, index: int) -> None:

@@ -7,6 +7,7 @@ so hooks, compiled calls and training flags stay what they are.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -156,10 +157,11 @@ class Watch:
         if run.needs_index():
             raise IndexUnseen
         signature = (name, _shapes(args), _shapes(kwargs))
-        if run.blanked and signature in self.blanks:
-            return _fill(self.blanks[signature])
-        if run.blanked and run.guess:
-            return _guess(args, kwargs)
+        if run.blanked and not run.wet:
+            if signature in self.blanks:
+                return _fill(self.blanks[signature])
+            if run.guess:
+                return _guess(args, kwargs)
         out = module(*args, **kwargs)
         self._since_step.append((name, rows_of(args, kwargs)))
         if signature not in self.blanks:
@@ -267,3 +269,19 @@ def _call_forward(tap: Tap, forward: Callable[..., Any], *args: Any, **kwargs: A
 
 def _remember(tap: Tap, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return tap._tap_watch.memory.call(f"{tap._tap_name}.{name}", function, args, kwargs)
+
+
+def taps_on(pipe: Any, modules: dict[str, torch.nn.Module], watch: Watch) -> dict[str, Any]:
+    """What the pipeline's attributes are replaced by: tapped modules and processors, remembered methods."""
+    taps: dict[str, Any] = {name: Tap(name, module, watch) for name, module in modules.items()}
+    for name, value in vars(pipe).items():
+        if callable(getattr(value, "preprocess", None)) and callable(getattr(value, "postprocess", None)):
+            taps[name] = Tap(name, value, watch)
+    for name in dir(type(pipe)):
+        if REMEMBERED.match(name) and callable(inspect.getattr_static(type(pipe), name)):
+            taps[name] = _remembering(watch.memory, name, getattr(pipe, name))
+    return taps
+
+
+def _remembering(memory: Memory, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: memory.call(name, method, args, kwargs)

@@ -57,13 +57,13 @@ def stable(cls: type[DiffusionPipeline], sampler: str = "ddim", **extra: Any) ->
     return assemble(cls, **parts | {name: make() for name, make in extra.items()})
 
 
-def sdxl(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
+def sdxl(cls: type[DiffusionPipeline], **extra: Any) -> DiffusionPipeline:
     """An SDXL pipeline of that class, with its two text encoders and its size embeddings."""
     text = {"text_encoder": clip(), "tokenizer": clip_tokenizer()}
     text |= {"text_encoder_2": clip(projection=True), "tokenizer_2": clip_tokenizer()}
     time = {"addition_embed_type": "text_time", "addition_time_embed_dim": XL_TIME}
     time |= {"projection_class_embeddings_input_dim": 6 * XL_TIME + WIDTH}
-    parts = {"vae": vae(), "unet": unet(2 * WIDTH, **time), "scheduler": scheduler("euler")}
+    parts = {"vae": vae(), "unet": unet(2 * WIDTH, **time | extra), "scheduler": scheduler("euler")}
     return assemble(cls, **text, **parts)
 
 
@@ -84,6 +84,13 @@ def families() -> list[Family]:
         Family("sd15_ddim_eta1", partial(stable, sd, unet=unet), asking(eta=1.0)),
         *variants,
         Family("sdxl", partial(sdxl, xl), asking()),
+        Family("sdxl_denoising_end", partial(sdxl, xl), asking(denoising_end=0.6)),
+        Family("sdxl_inpaint", partial(sdxl, diffusers.StableDiffusionXLInpaintPipeline), masking),
+        Family(
+            "sdxl_instruct_pix2pix",
+            partial(sdxl, diffusers.StableDiffusionXLInstructPix2PixPipeline, in_channels=8),
+            editing(),
+        ),
         Family(
             "instruct_pix2pix",
             partial(
