@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.cases import Case
+from diffalign.cases import Case, row_seed
 from diffalign.errors import ConfigError, SeamError
 
 OURS = ("latents", "output_type", "return_dict", "generator")  # what the seam sets itself
@@ -113,12 +113,12 @@ def _take_one(name: str, value: Any, rows: Sequence[int], batch: int) -> Any:
 
 
 def seeds_from(call: Mapping[str, Any], batch: int) -> list[int]:
-    """Seeds of the `generator` in a stock call; one generator counts up from its seed, none means 0, 1, ..."""
+    """Seeds of the `generator` in a stock call; one generator for many gives each row its own, none means seed 0."""
     generator = call.get("generator")
     if isinstance(generator, list | tuple):
         return [int(g.initial_seed()) for g in generator]
     first = int(generator.initial_seed()) if generator is not None else 0
-    return [first + k for k in range(batch)]
+    return [row_seed(first, row) for row in range(batch)]
 
 
 def to_cases(call: Mapping[str, Any], seeds: Sequence[int]) -> list[Case]:
