@@ -107,7 +107,7 @@ def _regions(mask: Tensor) -> Iterator[Tensor]:
         ids = grown
     core = functional.avg_pool2d(mask[None].float(), 3, stride=1, padding=1)[0] > 0.99  # halos and lines have none
     cored = set(ids[core & mask].tolist())
-    values, sizes = ids[mask].unique(return_counts=True)
+    values, sizes = torch.unique(ids[mask], return_counts=True)
     yield from (ids == value for value in values[sizes >= SPECK] if float(value) in cored)
 
 

@@ -90,12 +90,12 @@ def _suits(shape: Shape, want: Want) -> int:
 def _want_terms(want: Want, found: Sequence[Shape]) -> dict[str, float]:
     terms = {"count": _clip(1 - abs(want.count - len(found)) / want.count)}
     tests = {
-        "colour": want.colour and [shape.colour == want.colour for shape in found],
-        "size": want.size and [shape.size == want.size for shape in found],
-        "place": want.place and [want.place in place_of(shape.x, shape.y) for shape in found],
+        "colour": (want.colour, [shape.colour == want.colour for shape in found]),
+        "size": (want.size, [shape.size == want.size for shape in found]),
+        "place": (want.place, [want.place in place_of(shape.x, shape.y) for shape in found]),
     }
-    for name, hits in tests.items():
-        if hits is not None:
+    for name, (asked, hits) in tests.items():
+        if asked:
             terms[name] = _clip(1 - abs(want.count - sum(hits)) / want.count)
     return terms
 

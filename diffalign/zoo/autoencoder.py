@@ -78,7 +78,7 @@ def reconstruction(model: Any, x: Tensor, config: AutoencoderConfig, generator: 
 @torch.no_grad()
 def encode(model: Any, images: Tensor) -> Tensor:
     """Raw latents (B, 4, H/4, W/4) of images in [0, 1]."""
-    return torch.cat([model.encode(chunk * 2 - 1).latents for chunk in images.split(256)])
+    return torch.cat([model.encode(chunk * 2 - 1).latents for chunk in torch.split(images, 256)])
 
 
 def _chunks(items: list[Scene], size: int) -> list[list[Scene]]:

@@ -88,4 +88,5 @@ def _normal(raw: Tensor) -> Tensor:
     factor = torch.linalg.cholesky(centred.T @ centred / len(raw) + 1e-4 * torch.eye(raw.shape[1]))
     white = torch.linalg.solve_triangular(factor, centred.T, upper=False).T
     ranks = white.argsort(0).argsort(0)
-    return torch.special.ndtri((ranks + 0.5) / len(raw))
+    normal: Tensor = torch.special.ndtri((ranks + 0.5) / len(raw))
+    return normal

@@ -63,7 +63,8 @@ def fit(
 def _optimizers(model: nn.Module, config: FitConfig) -> list[torch.optim.Optimizer]:
     """AdamW, with Muon (Jordan et al., 2024) for the matrices of the blocks where a rate for them is set."""
     inner = ("transformer_blocks.", ".layers.", "resblocks.")
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         inside = p.ndim == 2 and "norm" not in name and any(part in name for part in inner)
         (matrices if inside and config.matrix_rate else others).append(p)
@@ -105,9 +106,10 @@ def _keep_freed_memory() -> None:
     import sys
 
     if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        for option, value in ((-4, 0), (-1, 2**31 - 1)) if mallopt else ():  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            mallopt(option, value)
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # musl has none
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _save(

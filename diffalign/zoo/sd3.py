@@ -1,8 +1,8 @@
 """`shapes-sd3`: a flow-matching StableDiffusion3Pipeline of 5.4 M parameters, trained on rendered scenes and captions.
 
 Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al., 2024, arXiv 2403.03206).
-Where we differ: text encoders are trained together with the transformer; there is no T5, so the stock pipeline appends
-`max_sequence_length` empty tokens, and training mixes the short and the default number of them.
+Where we differ: text encoders are trained together with the transformer; the T5 is silent (see silence.py), so the stock
+pipeline appends `max_sequence_length` empty tokens, and training mixes short and default numbers of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from diffalign.world.scenes import Scene
 from diffalign.zoo.autoencoder import AutoencoderConfig, encode
 from diffalign.zoo.autoencoder import train as train_autoencoder
 from diffalign.zoo.fit import FitConfig, fit
+from diffalign.zoo.silence import silent_encoder, silent_tokenizer
 from diffalign.zoo.words import LENGTH, known, tokenizer
 
 MIX = {"single": 4, "colours": 8, "counting": 18, "two": 6, "binding": 22, "position": 26, "hard": 16}
@@ -44,6 +45,9 @@ class SD3Config:
     empty_shares: tuple[float, ...] = (0.87, 0.1, 0.03)  # of the training steps
     centre: float = 0.3  # mean of the logit of the time; above 0 favours noisy images, where layout is decided
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=2400, matrix_rate=2e-3, ema=0.998))
+    again: FitConfig = field(  # a second cosine from the averaged weights of the first
+        default_factory=lambda: FitConfig(steps=1800, learning_rate=7e-4, matrix_rate=1.4e-3, warmup=50, ema=0.998)
+    )
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
 
@@ -121,10 +125,11 @@ def _text_encoder(width: int, layers: int) -> Any:
     return CLIPTextModelWithProjection(config)
 
 
-def captioned(count: int, smallest: float, seed: int) -> tuple[list[str], list[Any]]:
+def captioned(count: int, smallest: float, seed: int) -> tuple[list[str], list[Scene]]:
     """Captions without held-out compositions, and a scene for each."""
     rng = random.Random(seed)
-    captions, scenes = [], []
+    captions: list[str] = []
+    scenes: list[Scene] = []
     while len(captions) < count:
         clauses = sample_clauses(rng.choices(list(MIX), list(MIX.values()))[0], rng)
         if not held_out(clauses):
@@ -179,6 +184,7 @@ def train(config: SD3Config, *, folder: Path, seed: int, resume: bool) -> Any:
         return flow_loss(model, latents[pick], torch.where(keep, ids[pick], blank), empty, config.centre, generator)
 
     fit(model, loss, config.fit, folder=folder / "generator", seed=seed, resume=resume, title="generator")
+    fit(model, loss, config.again, folder=folder / "again", seed=seed + 1, resume=resume, title="generator, again")
     return assemble(model, vae)
 
 
@@ -208,8 +214,8 @@ def assemble(model: Any, vae: Any) -> Any:
         tokenizer=tokenizer(),
         text_encoder_2=model.text_encoder_2,
         tokenizer_2=tokenizer(),
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=silent_encoder(model.transformer.config.joint_attention_dim),
+        tokenizer_3=silent_tokenizer(),
     )
 
 

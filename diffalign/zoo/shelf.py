@@ -43,9 +43,12 @@ def load_from(path: Path, **kwargs: Any) -> Any:
         where = f"local-dir:{path}"
         model, preprocess = open_clip.create_model_from_pretrained(where, **kwargs)
         return model.eval(), preprocess, open_clip.get_tokenizer(where)
-    import torch
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
-    return DiffusionPipeline.from_pretrained(
-        str(path), **{"torch_dtype": torch.float32, "local_files_only": True, **kwargs}
-    )
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # diffusers remarks that the stock class expects a larger autoencoder
+    try:
+        return DiffusionPipeline.from_pretrained(str(path), **{"local_files_only": True, **kwargs})
+    finally:
+        logging.set_verbosity(level)

@@ -37,13 +37,24 @@ def test_the_caption_of_a_scene_is_true_of_it() -> None:
 
 
 def test_caption_groups_equal_objects() -> None:
-    scene = Scene((Shape("circle", "red", 10, 10, 6), Shape("circle", "red", 40, 10, 6), Shape("square", "blue", 30, 45, 6)))
+    scene = Scene(
+        (Shape("circle", "red", 10, 10, 6), Shape("circle", "red", 40, 10, 6), Shape("square", "blue", 30, 45, 6))
+    )
     assert world.caption(scene) == "two red circles and a blue square"
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a dog", "two circle", "a red circles", "five red circles", "four red circles and a blue square", "a red", "x" * 9999],
+    [
+        "",
+        "a dog",
+        "two circle",
+        "a red circles",
+        "five red circles",
+        "four red circles and a blue square",
+        "a red",
+        "x" * 9999,
+    ],
 )
 def test_text_outside_the_grammar_is_none(text: str) -> None:
     assert parse(text) is None

@@ -61,7 +61,15 @@ def small() -> SD3Config:
     brief = FitConfig(steps=2, save_every=1, warmup=1, matrix_rate=1e-3)
     autoencoder = AutoencoderConfig(channels=8, batch=2, images=16, fit=FitConfig(steps=2, save_every=1, warmup=1))
     return SD3Config(
-        layers=1, heads=1, text_widths=(32, 32), text_layers=(2, 2), images=16, batch=2, fit=brief, autoencoder=autoencoder
+        layers=1,
+        heads=1,
+        text_widths=(32, 32),
+        text_layers=(2, 2),
+        images=16,
+        batch=2,
+        fit=brief,
+        again=brief,
+        autoencoder=autoencoder,
     )
 
 

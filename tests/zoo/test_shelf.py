@@ -66,7 +66,9 @@ def test_weights_are_safetensors_within_the_size_limits() -> None:
 @pytest.mark.parametrize("name", zoo.names())
 def test_cards_hold_measured_numbers_with_their_command(name: str) -> None:
     card = zoo.card(name)
-    assert {"name", "class", "bytes", "seed", "data", "method", "cost", "command", "call", "strict", "measured"} <= set(card)
+    assert {"name", "class", "bytes", "seed", "data", "method", "cost", "command", "call", "strict", "measured"} <= set(
+        card
+    )
     for found in card["measured"].values():
         assert found["lo"] <= found["strict"] <= found["hi"]
         assert found["n"] >= 80
