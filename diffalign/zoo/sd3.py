@@ -1,8 +1,8 @@
 """`shapes-sd3`: a flow-matching StableDiffusion3Pipeline of 5.4 M parameters, trained on rendered scenes and captions.
 
 Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al., 2024, arXiv 2403.03206).
-Where we differ: text encoders are trained together with the transformer; the T5 is silent (see silence.py), so the stock
-pipeline appends `max_sequence_length` empty tokens, and training mixes short and default numbers of them.
+Where we differ: text encoders are trained together with the transformer; the T5 is silent (see silence.py), so that
+`max_sequence_length` empty tokens follow the caption, and training mixes short and default numbers of them.
 """
 
 from __future__ import annotations
