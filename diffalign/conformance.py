@@ -1,5 +1,4 @@
-"""Does the seam hold on this pipeline? One verdict per capability, with the largest error, before anybody trusts us
-with it.
+"""Does the seam hold on this pipeline? One verdict per capability, with the largest error, before anybody relies on it.
 
 Everything is compared with a recorded stock run of the same seeds. Errors are absolute differences; a stock pipeline
 that does not repeat itself bit for bit on this device sets the tolerance.
@@ -7,11 +6,8 @@ that does not repeat itself bit for bit on this device sets the tolerance.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +15,10 @@ import torch
 from torch import Tensor
 
 from diffalign.borrowed import frozen, offload_hooks, temporary_lora
-from diffalign.drive import Driver, grad_call
+from diffalign.drive import grad_call
 from diffalign.errors import DiffalignError, SeamError
 from diffalign.noise import ddim
+from diffalign.recording import Recorder, difference
 from diffalign.snapshot import differences, snapshot
 
 CAPABILITIES = (
@@ -83,16 +80,6 @@ def _number(error: float | None) -> str:
     return "-" if error is None else f"{error:.1e}" if error else "0"
 
 
-@dataclass
-class Stock:
-    """A recorded stock run."""
-
-    samples: list[Tensor] = field(default_factory=list)
-    timesteps: list[Any] = field(default_factory=list)
-    predictions: list[Tensor] = field(default_factory=list)
-    media: Any = None
-
-
 def check(pipe: Any, *, on_capability: Callable[[str], None] = lambda _: None, **call: Any) -> Conformance:
     """Try every capability of the seam on `pipe` with the arguments of a stock call, and report each."""
     trial = Trial(pipe, call)
@@ -118,27 +105,11 @@ def _attempt(run: Callable[[], Capability]) -> Capability:
         return Capability(False, None, f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}")
 
 
-def difference(a: Any, b: Any) -> float:
-    """Largest absolute difference of two media or latents; inf where their shapes differ."""
-    a, b = _tensor(a), _tensor(b)
-    if a.shape != b.shape:
-        return float("inf")
-    return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
-
-
-def _tensor(media: Any) -> Tensor:
-    if isinstance(media, list):
-        return torch.stack([torch.as_tensor(m) for m in media])
-    return torch.as_tensor(media).detach()
-
-
-class Trial:
+class Trial(Recorder):
     """One pipeline under test: its stock runs, and one method per capability."""
 
     def __init__(self, pipe: Any, call: Mapping[str, Any]) -> None:
-        self.pipe, self.call = pipe, dict(call)
-        self.noise_state = torch.get_rng_state()
-        self.stock = self.record(self.call)
+        super().__init__(pipe, call)
         self.before = snapshot(pipe)  # after a stock run: text encoders set up hooks of their own the first time
         self.driver = self.new_driver()
         again = self.record(self.call)
@@ -146,48 +117,6 @@ class Trial:
         self.floor = max(
             [difference(self.stock.media, again.media), *map(difference, self.stock.predictions, again.predictions)]
         )
-
-    def new_driver(self, **changed: Any) -> Driver:
-        with self._same_stray_noise():
-            return Driver(self.pipe, **{**self.call, **changed})
-
-    @contextmanager
-    def _same_stray_noise(self) -> Iterator[None]:
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.noise_state)
-            yield
-
-    def record(self, call: Mapping[str, Any]) -> Stock:
-        """A stock run, with everything its scheduler was handed."""
-        stock, scheduler = Stock(), self.pipe.scheduler
-        native = scheduler.step
-
-        @functools.wraps(native)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(native).bind(*args, **kwargs).arguments
-            stock.samples.append(given["sample"].clone())
-            stock.timesteps.append(given.get("timestep"))
-            stock.predictions.append(given["model_output"].clone())
-            return native(*args, **kwargs)
-
-        scheduler.__dict__["step"] = step
-        try:
-            with self._same_stray_noise():
-                stock.media = self.pipe(**self._stock_arguments(call))[0]
-        finally:
-            del scheduler.__dict__["step"]
-        return stock
-
-    def _stock_arguments(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        driver = getattr(self, "driver", None) or self.new_driver()
-        generators = [torch.Generator("cpu").manual_seed(s) for s in driver.seeds]
-        given = {k: list(v) if isinstance(v, list) else v for k, v in call.items()}
-        return {
-            **given,
-            "generator": generators if len(generators) > 1 else generators[0],
-            "output_type": "pt",
-            "return_dict": False,
-        }
 
     def verdict(self, error: float, reason: str = "") -> Capability:
         return Capability(error <= self.floor, error, reason)
@@ -240,8 +169,8 @@ class Trial:
         (pixels,) = torch.autograd.grad(media.float().mean(), x)
         if not (slope.isfinite().all() and slope.any() and pixels.isfinite().all()):
             return Capability(False, None, "the gradient to the latent is zero or not finite")
-        with self._same_stray_noise(), frozen(self.driver.modules.values()):
-            same = difference(grad_call(self.pipe, **self._stock_arguments(self.call))[0], self.stock.media)
+        with self.same_stray_noise(), frozen(self.driver.modules.values()):
+            same = difference(grad_call(self.pipe, **self.stock_arguments(self.call))[0], self.stock.media)
         along = float((slope.double() * direction).sum())
         relative = self._slope_error(x.detach(), direction, weights, along)
         reason = (

@@ -26,7 +26,8 @@ from diffalign.errors import SeamError
 from diffalign.looping import Loop
 from diffalign.noise import Convention, Kernel, Levels, Transition, case_noise, ddim, read_levels
 from diffalign.restore import adapters_off
-from diffalign.standin import Run, copy_of
+from diffalign.standin import copy_of
+from diffalign.steering import Run
 from diffalign.tap import Memory, Tap, Watch
 
 __all__ = ["Driver", "Trajectory", "grad_call", "metered", "undecorated"]

@@ -9,11 +9,10 @@ walks through blank iterations instead.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +22,11 @@ from diffalign.budget import Budget
 from diffalign.cases import Case
 from diffalign.errors import DiffalignError, ModelError, SeamError
 from diffalign.restore import KeptState
-from diffalign.standin import IndexUnseen, Previewed, Run, stand_in, with_true_index
+from diffalign.stage import Stage
+from diffalign.standin import stand_in
+from diffalign.steering import Answer, IndexUnseen, Previewed, Run, with_true_index
 from diffalign.tap import Memory, Watch, taps_on
 
-Answer = Callable[[int, Tensor, Tensor], Tensor | None]
 PATIENCE = 4  # passes of one stock call until we know what it does before its loop and in its blank steps
 
 
@@ -62,17 +62,12 @@ class Loop:
         self._known = arguments.parameters(pipe)
         self._watch = Watch(self.memory, {})
         self._function = with_true_index(inspect.unwrap(arguments.stock_call(pipe)), lambda: self._watch.run)
-        self._taps = taps_on(pipe, self.modules, self._watch)
-        self._kept = KeptState(self.modules)
-        self._device = getattr(pipe, "_execution_device", None)
+        self._stage = Stage(pipe, taps_on(pipe, self.modules, self._watch), KeptState(self.modules))
         self._timesteps: Tensor | None = None
         self._first: Tensor | None = None  # the start latents of this batch's own seeds
         self._drawn: list[Tensor] | None = None  # generator states once the start noise is drawn
         self._live: list[torch.Generator] = []
-        self._global_state = torch.get_rng_state()
-        self._moves_latents = (
-            False  # the loop changes latents after a step, so decoding passes through a blank last step
-        )
+        self._moves_latents = False  # the loop changes latents after a step: decoding passes through a blank last step
         self._takes_latents: bool | None = None
         self._passes_latents = False  # they reach the first step, though handing them in may shift later draws
         self._hides_index = False
@@ -90,9 +85,7 @@ class Loop:
         self, x: Tensor | None, visit: Sequence[int], answer: Answer, *, grad: bool = False, **options: Any
     ) -> tuple[Any, Tensor]:
         """Visit loop indices with x at the first of them; give back the call's output and the last latents."""
-        for _ in range(
-            3
-        ):  # a loop that hides its index, or changes what it is handed, is run once more the careful way
+        for _ in range(3):  # a loop that hides its index or changes what it is handed is run again, the careful way
             run = self._plan(x, list(visit), answer)
             handed = x if run.unit_start else None
             try:
@@ -199,14 +192,12 @@ class Loop:
             "latents": latents,
             "callback_on_step_end": callback,
         }
-        given = {
-            k: copy.copy(v) if isinstance(v, list | dict) else v for k, v in self.call.items()
-        }  # some pipelines edit their lists
+        given = {k: copy.copy(v) if isinstance(v, list | dict) else v for k, v in self.call.items()}  # some edit theirs
         kwargs = {**given, **{k: v for k, v in own.items() if v is not None and k in self._known}}
         self._watch.run, self._watch.rows, run.on_step = run, 0, self._watch.on_step
         self.scheduler.run = run
         try:
-            with self._swapped(quiet), self._stray_noise(), nullcontext() if grad else torch.no_grad():
+            with self._stage.set(self.scheduler, quiet=quiet), nullcontext() if grad else torch.no_grad():
                 out = self._function(self.pipe, **kwargs)
         finally:
             self._watch.run = None
@@ -214,32 +205,6 @@ class Loop:
         if run.timesteps is not None and self._timesteps is None:
             self._timesteps = run.timesteps.detach().clone()
         return out[0] if isinstance(out, tuple) else out
-
-    @contextmanager
-    def _swapped(self, quiet: bool) -> Iterator[None]:
-        """The pipeline with stand-in and taps, for the length of the block."""
-        own, cls = self.pipe.__dict__, type(self.pipe)
-        before = dict(own)
-        own.update(self._taps, scheduler=self.scheduler, maybe_free_model_hooks=_nothing)
-        self.pipe.__class__ = _with_known_device(cast(Any, cls), self._device)
-        if quiet:
-            own["_progress_bar_config"] = {**own.get("_progress_bar_config", {}), "disable": True}
-        try:
-            yield
-        except BaseException:
-            self._kept.restore()
-            raise
-        finally:
-            self.pipe.__class__ = cls
-            own.clear()
-            own.update(before)
-
-    @contextmanager
-    def _stray_noise(self) -> Iterator[None]:
-        """Some pipelines draw from torch's global generator too: every run of ours sees it as it was when we began."""
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self._global_state)
-            yield
 
     # where the chain starts
 
@@ -310,19 +275,8 @@ class Loop:
         return plain
 
 
-@functools.lru_cache(maxsize=64)
-def _with_known_device(cls: type, device: Any) -> type:
-    """The pipeline's class with its execution device looked up once: finding it walks through every submodule."""
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,), body | ({"_execution_device": device} if device is not None else {}))
-
-
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Offloaded modules stay where they are between two of our calls."""
 
 
 def _same_bits(a: Any, b: Tensor) -> bool:

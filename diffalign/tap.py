@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.standin import IndexUnseen, Run
+from diffalign.steering import IndexUnseen, Run
 
 # What pipelines compute from unchanged inputs before their loop; arguments with a generator are never remembered.
 REMEMBERED = re.compile(r"^_?(encode_|prepare_image|prepare_control|prepare_mask|prepare_ip_adapter|get_.*embed)")

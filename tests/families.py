@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from diffalign.conformance import CAPABILITIES, Capability, Conformance, check, difference
+from diffalign.conformance import CAPABILITIES, Capability, Conformance, check
 from diffalign.drive import Driver
 from diffalign.noise import ddim
+from diffalign.recording import difference
 from tests.tiny import FAMILIES, build, call
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"

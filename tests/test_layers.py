@@ -14,8 +14,8 @@ LAYERS = [  # each may import itself and what stands before it
     {"cases", "config", "loading", "registry", "atomic", "vision", "media", "request"},
     {"scoring", "score_cache", "reward_specs", "shaping", "noise", "budget", "transport", "judges", "clip_tower"},
     {"search", "world"},
-    {"drive", "arguments", "looping", "standin", "tap", "restore", "attention"},
-    {"conformance", "snapshot", "borrowed", "report", "shell", "zoo"},
+    {"drive", "arguments", "looping", "stage", "standin", "steering", "tap", "restore", "attention"},
+    {"conformance", "recording", "snapshot", "borrowed", "report", "shell", "zoo"},
     {"train", "gallery", "bench"},
     {"cli"},
 ]

@@ -7,10 +7,10 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffalign.conformance import difference
 from diffalign.drive import Driver
 from diffalign.errors import SeamError
 from diffalign.noise import ddim
+from diffalign.recording import difference
 from tests.test_drive import recorded
 
 

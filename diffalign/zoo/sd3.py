@@ -46,7 +46,7 @@ class SD3Config:
     centre: float = 0.3  # mean of the logit of the time; above 0 favours noisy images, where layout is decided
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=2400, matrix_rate=2e-3, ema=0.998))
     again: FitConfig = field(  # a second cosine from the averaged weights of the first
-        default_factory=lambda: FitConfig(steps=1800, learning_rate=7e-4, matrix_rate=1.4e-3, warmup=50, ema=0.998)
+        default_factory=lambda: FitConfig(steps=1000, learning_rate=7e-4, matrix_rate=1.4e-3, warmup=50, ema=0.998)
     )
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
