@@ -1,4 +1,4 @@
-"""A pipeline dressed for one of our calls, and undressed: stand-in scheduler, taps, quiet bars, the same stray noise."""
+"""A pipeline dressed for one of our calls, and undressed: stand-in scheduler, taps, quiet bars, same stray noise."""
 
 from __future__ import annotations
 
