@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign import drive, media, registry, scoring
-from diffalign.bench.intervals import Interval, bootstrap, wilson
+from diffalign.intervals import Interval, bootstrap, wilson
 from diffalign.budget import Budget
 from diffalign.cases import Case, batched
 from diffalign.scoring import Score

@@ -146,7 +146,7 @@ def _score_batch(
 
 
 def _summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    from diffalign.bench.intervals import bootstrap
+    from diffalign.intervals import bootstrap
     from diffalign.errors import InvalidReward
 
     values = [row[name] for row in rows if row[name] is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffalign.cases import Case, batched
+from diffalign.intervals import wilson
 from diffalign.world.promptsets import prompts
 from diffalign.world.verifier import verify
 from diffalign.zoo.shelf import card, folder
@@ -37,8 +37,8 @@ def measure_pipeline(
     """Strict accuracy of a pipeline on `n` cases of a prompt set."""
     cases = drawn(split, seed=seed, n=n)
     hits = [v.strict for chunk in batched(cases, 40) for v in verify(generate(pipe, chunk, call), chunk)]
-    low, high = wilson(sum(hits), len(hits))
-    return {"strict": sum(hits) / len(hits), "lo": low, "hi": high, "n": len(hits), "seed": seed}
+    found = wilson(sum(hits), len(hits))
+    return {"strict": found.mean, "lo": found.lo, "hi": found.hi, "n": len(hits), "seed": seed}
 
 
 def drawn(split: str, *, seed: int, n: int) -> list[Case]:
@@ -54,11 +54,3 @@ def generate(pipe: Any, cases: Sequence[Case], call: Mapping[str, Any]) -> Tenso
     generators = [torch.Generator().manual_seed(case.seed) for case in cases]
     images: Tensor = pipe([c.prompt for c in cases], generator=generators, output_type="pt", **call).images
     return images.float()
-
-
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson interval of a share."""
-    p, spread = hits / n, z * z / n
-    centre = (p + spread / 2) / (1 + spread)
-    half = z * math.sqrt(p * (1 - p) / n + spread / (4 * n)) / (1 + spread)
-    return max(centre - half, 0.0), min(centre + half, 1.0)

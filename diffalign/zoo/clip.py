@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from diffalign.cases import Case
+from diffalign.intervals import bootstrap
 from diffalign.world.compose import OPPOSITE
 from diffalign.world.grammar import Clauses, parse, say
 from diffalign.world.rendering import render_many
@@ -176,8 +177,8 @@ def measure_judge(target: Path, *, seed: int, n: int, per_prompt: int = 8) -> di
         images += per_prompt
         if truth.any() and not truth.all():
             aucs.append(auc(similarity(model, tokens, media, cases), truth))
-    low, high = bootstrap(aucs, seed)
-    return {"strict": sum(aucs) / len(aucs), "lo": low, "hi": high, "n": images, "prompts": len(aucs), "seed": seed}
+    found = bootstrap(aucs, seed=seed)
+    return {"strict": found.mean, "lo": found.lo, "hi": found.hi, "n": images, "prompts": len(aucs), "seed": seed}
 
 
 @torch.no_grad()
@@ -192,11 +193,3 @@ def auc(scores: Tensor, truth: Tensor) -> float:
     """Chance that a right image scores above a wrong one; ties count half."""
     gap = scores[truth][:, None] - scores[~truth][None]
     return float((gap > 0).float().mean() + (gap == 0).float().mean() / 2)
-
-
-def bootstrap(values: Sequence[float], seed: int, rounds: int = 2000) -> tuple[float, float]:
-    """The 95 % interval of a mean by resampling."""
-    data = torch.tensor(values)
-    picks = torch.randint(len(data), (rounds, len(data)), generator=torch.Generator().manual_seed(seed))
-    low, high = data[picks].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high

@@ -10,7 +10,7 @@ import torch
 
 from diffalign import world, zoo
 from diffalign.errors import UnknownName
-from diffalign.zoo.accuracy import auc, bootstrap, wilson
+from diffalign.zoo.clip import auc
 
 PIPELINES = [name for name in zoo.names() if name != "shapes-clip"]
 LARGEST, ALTOGETHER = 12_000_000, 64_000_000  # bytes
@@ -115,16 +115,7 @@ def test_unknown_model_suggests_the_nearest() -> None:
         zoo.load("shapes-sd")
 
 
-def test_wilson_interval_matches_the_textbook() -> None:
-    # Wilson (1927): 5 of 10 at 95 % is 0.2366 to 0.7634
-    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
-
-
 def test_auc_is_one_for_a_perfect_and_a_half_for_a_blind_judge() -> None:
     truth = torch.tensor([True, False, True, False])
     assert auc(truth.float(), truth) == 1
     assert auc(torch.zeros(4), truth) == 0.5
-
-
-def test_bootstrap_of_equal_values_is_a_point() -> None:
-    assert bootstrap([0.5] * 6, seed=0) == (0.5, 0.5)

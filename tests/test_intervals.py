@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffalign.bench.intervals import bootstrap, wilson
+from diffalign.intervals import bootstrap, wilson
 from diffalign.errors import ConfigError
 
 
