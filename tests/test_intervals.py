@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffalign.intervals import bootstrap, wilson
 from diffalign.errors import ConfigError
+from diffalign.intervals import bootstrap, wilson
 
 
 def test_wilson_matches_published_values():

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from diffalign import drive, media, registry, scoring
-from diffalign.intervals import Interval, bootstrap, wilson
 from diffalign.budget import Budget
 from diffalign.cases import Case, batched
+from diffalign.intervals import Interval, bootstrap, wilson
 from diffalign.scoring import Score
 
 STOCK = "stock"

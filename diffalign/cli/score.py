@@ -146,8 +146,8 @@ def _score_batch(
 
 
 def _summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    from diffalign.intervals import bootstrap
     from diffalign.errors import InvalidReward
+    from diffalign.intervals import bootstrap
 
     values = [row[name] for row in rows if row[name] is not None]
     if not values:

@@ -160,12 +160,18 @@ def make(config: SD3Config, *, work: Path, seed: int, resume: bool) -> Path:
 
 
 def release(pipe: Any, target: Path) -> Path:
-    """Write a pipeline as it ships: fp16 safetensors, without config keys that would make loading warn."""
+    """Write a pipeline as it ships: fp16 safetensors that load in float32, without config keys that would warn."""
     pipe.to(torch.float16).save_pretrained(target, safe_serialization=True)
-    config = target / "vae" / "config.json"
-    kept = {k: v for k, v in json.loads(config.read_text(encoding="utf-8")).items() if k != "block_out_channels"}
-    config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    _edit_config(target / "vae", without="block_out_channels")
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        _edit_config(target / part, dtype="float32")  # transformers loads a model in the dtype that its config names
     return target
+
+
+def _edit_config(folder: Path, *, without: str = "", **changed: str) -> None:
+    file = folder / "config.json"
+    kept = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != without}
+    file.write_text(json.dumps(kept | changed, indent=2) + "\n", encoding="utf-8")
 
 
 def train(config: SD3Config, *, folder: Path, seed: int, resume: bool) -> Any:
