@@ -74,7 +74,7 @@ def _subclass(real: type) -> type:
 
     body = {"set_timesteps": set_timesteps, "step": step, "__deepcopy__": deepcopy, "__module__": real.__module__}
     if hasattr(real, "init_noise_sigma") or "init_noise_sigma" in inspect.getsource(real):
-        body["init_noise_sigma"] = property(init_noise_sigma, set_sigma)  # type: ignore[assignment]
+        body["init_noise_sigma"] = property(init_noise_sigma, set_sigma)
     return type(real.__name__, (real,), body)
 
 

@@ -103,7 +103,7 @@ def walk_type(owner: Any) -> type[Tensor]:
         def __iter__(self) -> Iterator[Tensor]:
             return _visits(owner, self.as_subclass(torch.Tensor))
 
-        def __deepcopy__(self, memo: Any) -> Tensor:  # type: ignore[override]
+        def __deepcopy__(self, memo: Any) -> Tensor:
             return self.as_subclass(torch.Tensor).clone()
 
     return Walk

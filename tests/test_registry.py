@@ -82,8 +82,8 @@ def test_a_class_in_a_file_is_instantiated_with_its_options(user_file: Path) -> 
 
 def test_a_module_in_the_current_folder_is_found(user_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(user_file.parent)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     assert make_reward("mine:plain").name == "plain"
-    sys.modules.pop("mine")
 
 
 def test_an_edited_file_is_read_again(user_file: Path) -> None:

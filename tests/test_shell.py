@@ -73,7 +73,7 @@ def test_one_candidate_is_the_stock_image_bit_for_bit(family: str, output_type: 
 def test_the_best_reward_never_falls_when_candidates_are_added(family: str):
     shell = BestOfNPipeline.from_pipe(build(family))
     best = []
-    for n in (1, 2, 4):
+    for n in (1, 2, 8):
         out = shell(**call(family, 1), generator=seeded(), reward=Brightness(), n=n)
         best.append(float(out.report.best_reward[0]))
     assert best == sorted(best)
@@ -110,7 +110,9 @@ def test_a_later_candidate_does_not_depend_on_its_neighbours():
     ask = {**asked, "reward": Brightness(), "n": 3, "top_k": 3, "output_type": "pt"}
     both = shell(prompt=["one", "two"], generator=[seeded(5), seeded(9)], **ask)
     alone = shell(prompt="two", generator=seeded(9), **ask)
-    assert both.report.seeds[1] == alone.report.seeds[0] == [9, 10, 11]
+    assert both.report.seeds[1] == alone.report.seeds[0]
+    assert both.report.seeds[1][0] == 9
+    assert len({seed for row in both.report.seeds for seed in row}) == 6
     assert torch.equal(both.report.best[1], alone.report.best[0])
     assert torch.allclose(both.images[3:], alone.images, atol=1e-5)
 

@@ -72,7 +72,8 @@ def reconstruction(model: Any, x: Tensor, config: AutoencoderConfig, generator: 
     """Absolute and squared error through noisy latents, plus a pull of the latents to zero."""
     z = model.encoder(x.contiguous(memory_format=torch.channels_last)).float()
     y = model.decoder(z + config.noise * torch.randn(z.shape, generator=generator)).float()
-    return nn.functional.l1_loss(y, x) + 2 * nn.functional.mse_loss(y, x) + config.shrink * z.square().mean()
+    loss: Tensor = nn.functional.l1_loss(y, x) + 2 * nn.functional.mse_loss(y, x) + config.shrink * z.square().mean()
+    return loss
 
 
 @torch.no_grad()
