@@ -45,8 +45,9 @@ class SD3Config:
     empty_shares: tuple[float, ...] = (0.87, 0.1, 0.03)  # of the training steps
     centre: float = 0.3  # mean of the logit of the time; above 0 favours noisy images, where layout is decided
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=2400, matrix_rate=2e-3, ema=0.998))
-    again: FitConfig = field(  # a second cosine from the averaged weights of the first
-        default_factory=lambda: FitConfig(steps=1000, learning_rate=7e-4, matrix_rate=1.4e-3, warmup=50, ema=0.998)
+    again: tuple[FitConfig, ...] = (  # further cosines, each from the averaged weights of the one before
+        FitConfig(steps=1000, learning_rate=7e-4, matrix_rate=1.4e-3, warmup=50, ema=0.998),
+        FitConfig(steps=2500, learning_rate=7e-4, matrix_rate=1.4e-3, warmup=50, ema=0.998),
     )
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
@@ -190,7 +191,10 @@ def train(config: SD3Config, *, folder: Path, seed: int, resume: bool) -> Any:
         return flow_loss(model, latents[pick], torch.where(keep, ids[pick], blank), empty, config.centre, generator)
 
     fit(model, loss, config.fit, folder=folder / "generator", seed=seed, resume=resume, title="generator")
-    fit(model, loss, config.again, folder=folder / "again", seed=seed + 1, resume=resume, title="generator, again")
+    for k, more in enumerate(config.again, 1):
+        fit(
+            model, loss, more, folder=folder / f"again-{k}", seed=seed + k, resume=resume, title=f"generator, again {k}"
+        )
     return assemble(model, vae)
 
 

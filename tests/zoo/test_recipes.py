@@ -68,7 +68,7 @@ def small() -> SD3Config:
         images=16,
         batch=2,
         fit=brief,
-        again=brief,
+        again=(brief,),
         autoencoder=autoencoder,
     )
 
