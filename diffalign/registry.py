@@ -55,7 +55,7 @@ class RewardInfo:
     memory: str = ""
     extra: str | None = None
     missing: tuple[str, ...] = ()  # modules it needs that are not installed here
-    source: str = "diffalign"  # the distribution it comes from, or "this session"
+    source: str = "diffalign"  # the distribution it comes from, or "this process"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def pipelines() -> list[PipelineInfo]:
     found = {p.name: PipelineInfo(name=p.name, target=p.value, source=loading.owner(p)) for p in points}
     for name, cls in _pipelines.items():
         found.setdefault(
-            name, PipelineInfo(name=name, target=f"{cls.__module__}:{cls.__qualname__}", source="this session")
+            name, PipelineInfo(name=name, target=f"{cls.__module__}:{cls.__qualname__}", source="this process")
         )
     return [found[name] for name in sorted(found)]
 
@@ -237,7 +237,7 @@ def _from_object(name: str, target: Any) -> RewardInfo:
         range=getattr(target, "range", None),
         installable=True,
         meaning=(getattr(target, "__doc__", None) or "").strip().partition("\n")[0],
-        source=loading.owner(point) if point else "this session",
+        source=loading.owner(point) if point else "this process",
     )
 
 
