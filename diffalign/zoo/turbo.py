@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.world.grammar import parse
+from diffalign.zoo import sd3
 from diffalign.zoo.coding import codes_of, encode_layout
 from diffalign.zoo.fit import FitConfig, fit
 from diffalign.zoo.sd3 import Denoiser, SD3Config, assemble, captioned, release, standard_latents, tokenise
@@ -37,16 +38,8 @@ class TurboConfig:
 
 
 DEFAULT = TurboConfig()
-CALL = {
-    "num_inference_steps": 1,
-    "guidance_scale": 1.0,
-    "height": 64,
-    "width": 64,
-    "max_sequence_length": 1,
-}
-FACTS = {
-    "class": "StableDiffusion3Pipeline",
-    "data": "32,768 rendered scenes with captions, without the held-out compositions",
+CALL = sd3.CALL | {"num_inference_steps": 1, "guidance_scale": 1.0}
+FACTS = sd3.FACTS | {
     "method": "one-step student from the teacher's weights, trained on pairs of layout-carrying noise and scene",
     "call": CALL,
 }
