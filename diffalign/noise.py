@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffalign.cases import derived_seed
+from diffalign.cases import candidate_seed, derived_seed
 from diffalign.errors import ConfigError, SeamError
 
 Convention = Literal["sum", "mean"]
@@ -83,6 +83,19 @@ class Levels:
         """x0 (B, ...) carried to level i with `noise`, in the latents' own dtype."""
         alpha, sigma = self.at(i)
         return (alpha * x0.float() + sigma * noise.float()).to(x0.dtype)
+
+    def jump(self, x: Tensor, prediction: Tensor, i: int, j: int) -> Tensor:
+        """x (B, ...) carried from level i to any later level j by one deterministic DDIM step, in its own dtype."""
+        alpha, sigma = self.at(j)
+        x0, eps = self.denoised(x, prediction, i), self.epsilon(x, prediction, i)
+        return (alpha * x0 + sigma * eps).to(x.dtype)
+
+    def raised(self, x: Tensor, noise: Tensor, i: int, j: int) -> Tensor:
+        """x (B, ...) of level i made noisier up to an earlier level j: what the forward process does between them."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(i), self.at(j)
+        keep = alpha_s / alpha_t
+        added = math.sqrt(max(sigma_s**2 - (keep * sigma_t) ** 2, 0.0))
+        return (keep * x.float() + added * noise.to(x).float()).to(x.dtype)
 
 
 def read_levels(scheduler: Any, timesteps: Tensor) -> Levels:
@@ -251,3 +264,8 @@ def case_noise(seeds: Sequence[int], like: Tensor, *stream: str | int) -> Tensor
     """Standard normals shaped like `like` (B, ...): row k is drawn from seed k alone, on the CPU, then moved."""
     rows = [torch.randn(like.shape[1:], generator=case_generator(seed, *stream)) for seed in seeds]
     return torch.stack(rows).to(like.device)
+
+
+def forked(seeds: Sequence[int], rows: Sequence[int], numbers: Sequence[int]) -> list[int]:
+    """Seeds of candidates: number `numbers[k]` of case `rows[k]`; number 0 is the case's own seed."""
+    return [candidate_seed(seeds[row], number) for row, number in zip(rows, numbers, strict=True)]

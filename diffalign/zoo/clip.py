@@ -26,7 +26,7 @@ from diffalign.world.rendering import render_many
 from diffalign.world.scenes import COLOURS, SHAPES
 from diffalign.zoo.accuracy import drawn, generate
 from diffalign.zoo.fit import FitConfig, fit
-from diffalign.zoo.sd3 import captioned, tokenise
+from diffalign.zoo.sd3 import EVEN, captioned, tokenise
 from diffalign.zoo.shelf import card, load, load_from
 from diffalign.zoo.words import LENGTH, tokenizer
 
@@ -83,7 +83,7 @@ def make(config: CLIPConfig, *, work: Path, seed: int, resume: bool) -> Path:
 
     torch.manual_seed(seed)
     model = CustomTextCLIP(**{k: v for k, v in model_config(config).items() if k != "custom_text"})
-    captions, scenes = captioned(config.images, config.smallest, seed + 2)
+    captions, scenes = captioned(config.images, config.smallest, seed + 2, EVEN)
     images = torch.cat([render_many(scenes[i : i + 512]) for i in range(0, len(scenes), 512)])
     ids, clauses = tokenise(captions), [parse(caption) for caption in captions]
 

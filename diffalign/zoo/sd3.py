@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,21 @@ from diffalign.world.rendering import render_many
 from diffalign.world.scenes import Scene
 from diffalign.zoo.autoencoder import AutoencoderConfig, encode
 from diffalign.zoo.autoencoder import train as train_autoencoder
-from diffalign.zoo.fit import FitConfig, fit
+from diffalign.zoo.fit import FitConfig, Loss, fit
 from diffalign.zoo.silence import silent_encoder, silent_tokenizer
 from diffalign.zoo.words import LENGTH, known, tokenizer
 
-MIX = {"single": 4, "colours": 8, "counting": 18, "two": 6, "binding": 22, "position": 26, "hard": 16}
+STEEP = {"single": 4, "colours": 8, "counting": 18, "two": 6, "binding": 22, "position": 26, "hard": 16}
+EVEN = {"single": 12, "colours": 10, "counting": 16, "two": 16, "binding": 16, "position": 18, "hard": 12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One cosine of training on one draw of scenes."""
+
+    fit: FitConfig
+    mix: Mapping[str, int] = field(default_factory=lambda: STEEP)  # kinds of prompts, by weight
+    draw: int = 1  # which scenes: rounds with the same draw see the same ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +56,14 @@ class SD3Config:
     empty: tuple[int, ...] = (1, 32, 256)  # empty tokens after the caption; 256 is the pipeline's default
     empty_shares: tuple[float, ...] = (0.87, 0.1, 0.03)  # of the training steps
     centre: float = 0.3  # mean of the logit of the time; above 0 favours noisy images, where layout is decided
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=2400, matrix_rate=2e-3, ema=0.998))
-    again: tuple[FitConfig, ...] = (  # further cosines, each from the averaged weights of the one before
-        FitConfig(steps=1000, learning_rate=7e-4, matrix_rate=1.4e-3, warmup=50, ema=0.998),
-        FitConfig(steps=2500, learning_rate=7e-4, matrix_rate=1.4e-3, warmup=50, ema=0.998),
+    rounds: tuple[Round, ...] = (  # each from the averaged weights of the one before
+        Round(fit=FitConfig(steps=2400, matrix_rate=2e-3, ema=0.998)),
+        Round(fit=FitConfig(steps=1000, learning_rate=7e-4, matrix_rate=1.4e-3, warmup=50, ema=0.998)),
+        Round(
+            fit=FitConfig(steps=2600, learning_rate=7e-4, matrix_rate=1.4e-3, warmup=50, ema=0.998),
+            mix=EVEN,  # prompts that leave the colour open were the weakest after two rounds
+            draw=4,
+        ),
     )
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
@@ -126,13 +142,13 @@ def _text_encoder(width: int, layers: int) -> Any:
     return CLIPTextModelWithProjection(config)
 
 
-def captioned(count: int, smallest: float, seed: int) -> tuple[list[str], list[Scene]]:
+def captioned(count: int, smallest: float, seed: int, mix: Mapping[str, int]) -> tuple[list[str], list[Scene]]:
     """Captions without held-out compositions, and a scene for each."""
     rng = random.Random(seed)
     captions: list[str] = []
     scenes: list[Scene] = []
     while len(captions) < count:
-        clauses = sample_clauses(rng.choices(list(MIX), list(MIX.values()))[0], rng)
+        clauses = sample_clauses(rng.choices(list(mix), list(mix.values()))[0], rng)
         if not held_out(clauses):
             captions.append(say(clauses))
             scenes.append(sample_scene(clauses, rng, seen_only=True, smallest=smallest))
@@ -178,24 +194,33 @@ def _edit_config(folder: Path, *, without: str = "", **changed: str) -> None:
 def train(config: SD3Config, *, folder: Path, seed: int, resume: bool) -> Any:
     """Train autoencoder and generator; returns a float32 pipeline."""
     vae = train_autoencoder(config.autoencoder, folder=folder / "autoencoder", seed=seed, resume=resume)
-    captions, scenes = captioned(config.images, config.smallest, seed + 1)
-    latents = standard_latents(vae, scenes)
-    ids, blank = tokenise(captions), tokenise([""])
     torch.manual_seed(seed)
     model = Denoiser(config)
+    drawn = cache(lambda draw, mix: _data(config, vae, seed + draw, dict(mix)))  # not drawn for a finished round
+    for k, this in enumerate(config.rounds):
+        title = f"generator, round {k + 1} of {len(config.rounds)}"
+        loss = _round_loss(model, config, partial(drawn, this.draw, tuple(this.mix.items())))
+        fit(model, loss, this.fit, folder=folder / f"round-{k + 1}", seed=seed + k, resume=resume, title=title)
+    return assemble(model, vae)
+
+
+def _data(config: SD3Config, vae: Any, seed: int, mix: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """Latents (N, 4, 16, 16) and token ids (N, LENGTH) of `config.images` scenes."""
+    captions, scenes = captioned(config.images, config.smallest, seed, mix)
+    return standard_latents(vae, scenes), tokenise(captions)
+
+
+def _round_loss(model: Denoiser, config: SD3Config, data: Callable[[], tuple[Tensor, Tensor]]) -> Loss:
+    blank = tokenise([""])
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
+        latents, ids = data()
         pick = torch.randint(len(latents), (config.batch,), generator=generator)
         keep = torch.rand(config.batch, 1, generator=generator) >= config.dropout
         empty = config.empty[int(torch.multinomial(torch.tensor(config.empty_shares), 1, generator=generator))]
         return flow_loss(model, latents[pick], torch.where(keep, ids[pick], blank), empty, config.centre, generator)
 
-    fit(model, loss, config.fit, folder=folder / "generator", seed=seed, resume=resume, title="generator")
-    for k, more in enumerate(config.again, 1):
-        fit(
-            model, loss, more, folder=folder / f"again-{k}", seed=seed + k, resume=resume, title=f"generator, again {k}"
-        )
-    return assemble(model, vae)
+    return loss
 
 
 def flow_loss(

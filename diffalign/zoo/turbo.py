@@ -18,7 +18,7 @@ from diffalign.world.grammar import parse
 from diffalign.zoo import sd3
 from diffalign.zoo.coding import codes_of, encode_layout
 from diffalign.zoo.fit import FitConfig, fit
-from diffalign.zoo.sd3 import Denoiser, SD3Config, assemble, captioned, release, standard_latents, tokenise
+from diffalign.zoo.sd3 import EVEN, Denoiser, SD3Config, assemble, captioned, release, standard_latents, tokenise
 from diffalign.zoo.shelf import load
 
 
@@ -51,7 +51,7 @@ def make(config: TurboConfig, *, work: Path, seed: int, resume: bool) -> Path:
     model = Denoiser(config.teacher)
     for name in ("transformer", "text_encoder", "text_encoder_2"):
         getattr(model, name).load_state_dict(getattr(teacher, name).state_dict())
-    captions, scenes = captioned(config.images, config.smallest, seed + 3)
+    captions, scenes = captioned(config.images, config.smallest, seed + 3, EVEN)
     clauses = [asked for asked in map(parse, captions) if asked]
     codes = codes_of(scenes, clauses, torch.Generator().manual_seed(seed))
     coded = (~codes.isnan()).any(1).nonzero()[:, 0]  # rows whose form is common enough
