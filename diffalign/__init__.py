@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffalign.aligning import align
     from diffalign.budget import Budget, Limits
     from diffalign.cases import Case, read_cases
     from diffalign.conformance import Conformance, check
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from diffalign.registry import register_pipeline, register_reward
     from diffalign.report import Report
     from diffalign.scoring import Reward, Score, make_reward, score
+    from diffalign.searching import read_tree, save_tree
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "aligning": ("align",),
     "budget": ("Budget", "Limits"),
     "cases": ("Case", "read_cases"),
     "conformance": ("Conformance", "check"),
@@ -28,6 +31,7 @@ _HOMES = {
     "errors": ("DiffalignError",),
     "registry": ("register_pipeline", "register_reward"),
     "report": ("Report",),
+    "searching": ("save_tree", "read_tree"),
     "scoring": ("Reward", "Score", "make_reward", "score"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -43,12 +47,15 @@ __all__ = [
     "Reward",
     "Score",
     "Trajectory",
+    "align",
     "check",
     "grad_call",
     "make_reward",
     "read_cases",
+    "read_tree",
     "register_pipeline",
     "register_reward",
+    "save_tree",
     "score",
 ]
 

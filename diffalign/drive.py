@@ -33,6 +33,9 @@ from diffalign.tap import Memory, Tap, Watch
 __all__ = ["Driver", "Trajectory", "grad_call", "metered", "undecorated"]
 
 
+KEPT_SELECTIONS = 64  # drivers of other rows that one driver remembers
+
+
 @dataclass
 class Trajectory:
     """A stored walk: step start + k goes from latents[k] to moves[k]; the loop itself may change a move after that."""
@@ -54,7 +57,7 @@ class Driver(Loop):
     def levels(self) -> Levels:
         """alpha and sigma of every level, in the scaling of the loop's latents."""
         steps = self.timesteps
-        return read_levels(self._native_scheduler(), steps)
+        return read_levels(self.native_scheduler(), steps)
 
     @functools.cached_property
     def _narrowed(self) -> dict[tuple[int, ...], Driver]:
@@ -72,10 +75,20 @@ class Driver(Loop):
     def length(self) -> int:
         return len(self.timesteps)
 
+    @functools.cached_property
+    def costs(self) -> list[int]:
+        """NFE of one row at every level, told by a pass whose model calls are all blank: nothing is spent."""
+        steps = self.length
+        run = Run(lambda i, prediction, sample: sample, visit=range(steps), blank=frozenset(range(steps)), guess=True)
+        self._run(run)
+        if len(self._watch.blank_rows) == steps:
+            return [rows // self.batch for rows in self._watch.blank_rows]
+        return [max(self._watch.last_rows // self.batch, 1)] * steps  # a pipeline whose blank steps run the model
+
     def from_noise(self, noise: Tensor) -> Tensor:
         """Latents (B, ...) at level 0 for standard normal `noise` shaped like `start()`."""
         like = self.start()
-        scheduler = self._native_scheduler()
+        scheduler = self.native_scheduler()
         if len(self.timesteps) < len(scheduler.timesteps):
             raise SeamError(
                 f"{type(self.pipe).__name__} starts from an image, not from pure noise. Vary the cases' seeds instead."
@@ -178,17 +191,23 @@ class Driver(Loop):
 
     def decode(self, x: Tensor, *, grad: bool = False, output_type: str = "pt") -> Any:
         """Media of latents (B, ...) at the last level, as the stock call decodes them; differentiable with `grad`."""
-        run = functools.partial(self._run, grad=grad, output_type=output_type)
-        media = None
+        found = self._read_out(x, grad=grad, output_type=output_type)
+        self._charge_decode(output_type)
+        return found
+
+    def output(self, x: Tensor) -> Any:
+        """The stock call's output object around latents x (B, ...) of the last level, not decoded where that can be."""
+        return self._read_out(x, whole=True)
+
+    def _read_out(self, x: Tensor, **options: Any) -> Any:
         if self._can_hand_in() and not self._moves_latents:
             try:
-                media = run(Run(_native, visit=[], unit_start=True), latents=x, generators=self._drawn_generators())
+                generators = self._drawn_generators()
+                return self._run(Run(_native, visit=[], unit_start=True), latents=x, generators=generators, **options)
             except UnboundLocalError:  # a loop whose variables are read after it cannot be skipped whole
                 self._moves_latents = True
-        if media is None:  # a last step whose model call is blank gives x back to the loop
-            media = run(Run(lambda *_: x, visit=[self.length - 1], blank=frozenset([0]), guess=not self._watch.blanks))
-        self._charge_decode(output_type)
-        return media
+        last = Run(lambda *_: x, visit=[self.length - 1], blank=frozenset([0]), guess=not self._watch.blanks)
+        return self._run(last, **options)  # a last step whose model call is blank gives x back to the loop
 
     def select(self, rows: Sequence[int]) -> Driver:
         """The driver for these rows of the batch (repeats welcome); shares memory and budget with this one."""
@@ -196,12 +215,23 @@ class Driver(Loop):
         if key == tuple(range(self.batch)):
             return self
         if key not in self._narrowed:
-            twin = Driver(
-                self.pipe, budget=self.budget, memory=self.memory, **arguments.take(self.call, key, self.batch)
-            )
-            twin.batch, twin.seeds, twin.cases = len(key), [self.seeds[r] for r in key], [self.cases[r] for r in key]
-            self._narrowed[key] = twin
+            if len(self._narrowed) >= KEPT_SELECTIONS:
+                del self._narrowed[next(iter(self._narrowed))]
+            self._narrowed[key] = self._twin(arguments.take(self.call, key, self.batch), key)
         return self._narrowed[key]
+
+    def reseeded(self, seeds: Sequence[int]) -> Driver:
+        """The driver for the same cases with other seeds; shares memory and budget with this one."""
+        twin = self._twin(self.call, range(self.batch))
+        twin.seeds = list(seeds)
+        twin.cases = [case.with_seed(seed) for case, seed in zip(self.cases, seeds, strict=True)]
+        return twin
+
+    def _twin(self, call: dict[str, Any], rows: Sequence[int]) -> Driver:
+        twin = Driver(self.pipe, budget=self.budget, memory=self.memory, **call)
+        twin.batch, twin.seeds, twin.cases = len(rows), [self.seeds[r] for r in rows], [self.cases[r] for r in rows]
+        twin.learn_from(self)
+        return twin
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -27,6 +27,15 @@ from diffalign.standin import stand_in
 from diffalign.steering import Answer, IndexUnseen, Previewed, Run, with_true_index
 from diffalign.tap import Memory, Watch, taps_on
 
+LEARNT = (  # what holds for a pipeline and its arguments whatever the rows and seeds
+    "_timesteps",
+    "_takes_latents",
+    "_passes_latents",
+    "_moves_latents",
+    "_hides_index",
+    "_needs_model",
+    "_previews",
+)
 PATIENCE = 4  # passes of one stock call until we know what it does before its loop and in its blank steps
 
 
@@ -75,6 +84,11 @@ class Loop:
         self._raw = arguments.unread_output(arguments.stock_call(pipe))
         self._counts = arguments.counts_steps(self._function)
         self._previews = 0  # how many times the pipeline reads through its timesteps before its loop
+
+    def learn_from(self, other: Loop) -> None:
+        """Take over what another loop of the same pipeline and arguments has found out about it."""
+        for name in LEARNT:
+            setattr(self, name, getattr(other, name))
 
     @property
     def denoiser(self) -> str | None:
@@ -182,19 +196,20 @@ class Loop:
         callback: Any = None,
         quiet: bool = True,
         generators: list[torch.Generator] | None = None,
+        whole: bool = False,
     ) -> Any:
-        """The stock call under `run`; returns its media field."""
+        """The stock call under `run`; returns its media field, or its `whole` output object."""
         self._live = [g.clone_state() for g in generators or map(_generator, self.seeds)]
         own = {
             "generator": self._live[0] if self.batch == 1 else self._live,
             "output_type": output_type or self._raw,
-            "return_dict": False,
+            "return_dict": whole,
             "latents": latents,
             "callback_on_step_end": callback,
         }
         given = {k: copy.copy(v) if isinstance(v, list | dict) else v for k, v in self.call.items()}  # some edit theirs
         kwargs = {**given, **{k: v for k, v in own.items() if v is not None and k in self._known}}
-        self._watch.run, self._watch.rows, run.on_step = run, 0, self._watch.on_step
+        self._watch.run, self._watch.rows, self._watch.blank_rows, run.on_step = run, 0, [], self._watch.on_step
         self.scheduler.run = run
         try:
             with self._stage.set(self.scheduler, quiet=quiet), nullcontext() if grad else torch.no_grad():
@@ -204,7 +219,7 @@ class Loop:
             self.budget.charge(nfe=self._watch.rows)
         if run.timesteps is not None and self._timesteps is None:
             self._timesteps = run.timesteps.detach().clone()
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple) and not whole else out
 
     # where the chain starts
 
@@ -220,7 +235,8 @@ class Loop:
                 f"{type(self.pipe).__name__} steps {len(seen)} latents for {self.batch} case(s), and rows must be "
                 "cases: each owns its seed."
             )
-        self._takes_latents = "latents" in self._known and self._hands_on(seen)
+        if self._takes_latents is None:
+            self._takes_latents = "latents" in self._known and self._hands_on(seen)
         return seen
 
     def _hands_on(self, x: Tensor) -> bool:
@@ -267,7 +283,7 @@ class Loop:
         fresh = [torch.Generator("cpu") for _ in self._drawn]
         return [g.set_state(state) for g, state in zip(fresh, self._drawn, strict=True)]
 
-    def _native_scheduler(self) -> Any:
+    def native_scheduler(self) -> Any:
         """The native scheduler after the pipeline's own `set_timesteps`, with no step taken."""
         plain = copy.deepcopy(self.scheduler)
         plain.__dict__.pop("step", None)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from diffalign.scoring import Score
 from diffalign.search import best_of_n
+from diffalign.search.judge import Leaf
+from diffalign.search.nodes import Tree
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,6 +93,36 @@ class BestOfNReport(Report):
     def json(self) -> dict[str, Any]:
         theory = {"expected": self.expected, "kl_bound": self.kl_bound, "win_rate": self.win_rate}
         return super().json() | theory | {"win_rate_convention": "against one base draw, ties one half"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SearchReport(Report):
+    """A report on leaves of a search, which depend on one another; rows with fewer leaves are filled up with NaN."""
+
+    counts: list[int]  # (P,) leaves of each prompt
+    extras: Mapping[str, Any] = field(default_factory=dict)  # what the method itself has to say
+    notes: list[str] = field(default_factory=list)  # in words: interrupted, constant reward
+    kept: list[list[Leaf]] = field(default_factory=list)  # the best leaves of each prompt with latents and media
+    tree: Tree | None = None  # of a tree search: pass it back as `grown`, or keep it with `save_tree`
+
+    @property
+    def invalid(self) -> list[int]:
+        rows = zip(self.scores.valid, self.counts, strict=True)
+        return [count - int(valid.sum()) for valid, count in rows]
+
+    def json(self) -> dict[str, Any]:
+        return super().json() | {"counts": self.counts, "extras": _words(self.extras), "notes": self.notes}
+
+
+def _words(value: Any) -> Any:
+    """Nested plain values: tensors become lists, NaN and infinities null."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _words(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_words(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(values: Tensor) -> list[list[float | None]]:

@@ -58,6 +58,38 @@ def adapters_off(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def frozen(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Run a block in which no weight asks for a gradient, so that a backward pass is the input's alone."""
+    asking = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def checkpointed(modules: Iterable[torch.nn.Module], *, on: bool) -> Iterator[None]:
+    """Run a block with gradient checkpointing in every module that knows it: less memory for a second forward."""
+    switched: list[Any] = []
+    try:
+        for module in modules if on else ():
+            if getattr(module, "is_gradient_checkpointing", True):  # on already, or a module without the switch
+                continue
+            try:
+                module.enable_gradient_checkpointing()  # type: ignore[operator]
+            except (ValueError, AttributeError):  # diffusers names the method on models that cannot do it
+                continue
+            switched.append(module)
+        yield
+    finally:
+        for module in switched:
+            module.disable_gradient_checkpointing()
+
+
 def _gradient_flags(layer: torch.nn.Module) -> dict[torch.nn.Parameter, bool]:
     return {p: p.requires_grad for p in layer.parameters()}
 

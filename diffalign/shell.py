@@ -26,6 +26,7 @@ EMBEDDED = "shapes-sd3"  # what an unreachable hub id is answered with
 class Shell:
     """Mixed in front of a stock pipeline class: `isinstance` holds, components are shared, only `__call__` grows."""
 
+    ADVANCED: ClassVar[tuple[str, ...]] = ()  # further keywords of the shell's call, taken from its **kwargs
     stock_class: ClassVar[type] = object  # the pipeline class behind the shell; set by `from_pipe`
     report: Any = None  # of the last call that searched; also on the output when it is not a tuple
 
@@ -131,6 +132,7 @@ def _documented(shell: type[Shell], stock: type) -> Any:
     theirs = list(inspect.signature(stock.__call__).parameters.values())
     ours = inspect.signature(shell.__call__).parameters.values()
     mine = [p for p in ours if p.kind is p.KEYWORD_ONLY]
+    mine += [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in shell.ADVANCED]
     at = len(theirs) - (theirs[-1].kind is inspect.Parameter.VAR_KEYWORD)
     call.__dict__["__signature__"] = inspect.Signature(theirs[:at] + mine + theirs[at:])
     return call

@@ -140,10 +140,15 @@ class Watch:
         self.denoiser: str | None = None
         self.rows = 0  # denoiser rows of this run
         self.last_rows = 0  # of its latest step
+        self.blank_rows: list[int] = []  # what each blank step of this run would have cost
         self._since_step: list[tuple[str, int]] = []
+        self._unspent: list[tuple[str, int]] = []
 
     def on_step(self) -> None:
         """The component called last before a step is the denoiser; all its calls of this iteration count."""
+        if self._unspent:
+            self.blank_rows.append(sum(rows for name, rows in self._unspent if name == self._unspent[-1][0]))
+            self._unspent.clear()
         if self._since_step:
             self.denoiser = self._since_step[-1][0]
             self.last_rows = sum(rows for name, rows in self._since_step if name == self.denoiser)
@@ -158,6 +163,7 @@ class Watch:
             raise IndexUnseen
         signature = (name, _shapes(args), _shapes(kwargs))
         if run.blanked and not run.wet:
+            self._unspent.append((name, rows_of(args, kwargs)))
             if signature in self.blanks:
                 return _fill(self.blanks[signature])
             if run.guess:

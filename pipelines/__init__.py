@@ -10,10 +10,22 @@ if not __name__.startswith("diffalign."):
 
 if TYPE_CHECKING:
     from .best_of_n import BestOfNPipeline
+    from .dense import DensePipeline
+    from .reno import ReNOPipeline
+    from .search import SearchPipeline
+    from .smc import SMCPipeline
+    from .tree import TreePipeline
 
-_FILES = {"BestOfNPipeline": "best_of_n"}
+_FILES = {
+    "BestOfNPipeline": "best_of_n",
+    "DensePipeline": "dense",
+    "ReNOPipeline": "reno",
+    "SMCPipeline": "smc",
+    "SearchPipeline": "search",
+    "TreePipeline": "tree",
+}
 
-__all__ = ["BestOfNPipeline"]
+__all__ = ["BestOfNPipeline", "DensePipeline", "ReNOPipeline", "SMCPipeline", "SearchPipeline", "TreePipeline"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ LAYERS = [  # each may import itself and what stands before it
     },
     {"search", "world"},
     {"drive", "arguments", "looping", "stage", "standin", "steering", "tap", "restore", "attention"},
-    {"conformance", "recording", "snapshot", "borrowed", "report", "shell", "zoo"},
+    {"conformance", "recording", "snapshot", "borrowed", "report", "shell", "walk", "searching", "aligning", "zoo"},
     {"train", "gallery", "bench"},
     {"cli"},
 ]
@@ -35,7 +35,7 @@ ONLY = {  # narrower than their layer
     "world": {"world", "cases", "errors"},
     "rewards": {"scoring", "cases", "registry", "errors", "vision", "clip_tower", "judges", "transport", "world"},
     "pipelines": {"shell", "drive", "search", "scoring", "budget", "config", "errors"}
-    | {"cases", "media", "registry", "report", "request"},
+    | {"cases", "media", "registry", "report", "request", "searching"},
 }
 TENSORS_ONLY = {"diffusers", "transformers", "accelerate", "pathlib", "os", "io", "PIL"}
 

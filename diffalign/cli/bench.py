@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from diffalign.cli.bench_search import Search
 from diffalign.cli.verb import Opt, Verb
 from diffalign.errors import ConfigError
 
@@ -47,4 +48,4 @@ class Seam(Verb):
         return found
 
 
-VERBS: tuple[type[Verb], ...] = (Seam,)
+VERBS: tuple[type[Verb], ...] = (Seam, Search)

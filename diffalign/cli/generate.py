@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -24,6 +24,9 @@ class Generate(PromptVerb):
     diffalign generate -p "two red circles"
     diffalign generate -p "a blue square left of a green triangle" --method best_of_n --n 16 --reward clip
     diffalign generate --split hard --limit 32 --method best_of_n --budget 320 --reward clip
+    diffalign generate -p "two red circles" --method tree --budget 640 --reward clip tune.width=3
+    diffalign generate -p "two red circles" --method search --seconds 20 --reward clip tune.method=beam
+    diffalign generate -p "two red circles" -m shapes-turbo --method reno --reward clip
     diffalign generate --prompts my.txt -m stabilityai/stable-diffusion-3-medium-diffusers --reward mine.py:sharp:2.0
     diffalign generate --config best_of_n_shapes n=8 call.guidance_scale=4
     """
@@ -35,8 +38,10 @@ class Generate(PromptVerb):
         tuple[str, ...] | dict[str, Any],
         Opt("What to select by or just measure: clip, clip:2.0, file.py:name; repeat to add up.", flag="-r"),
     ] = ()
-    n: Annotated[int | None, Opt("Candidates per prompt.")] = None
+    n: Annotated[int | None, Opt("Candidates per prompt, for best_of_n.")] = None
     budget: Annotated[int | None, Opt("Most NFE per prompt; never exceeded.")] = None
+    seconds: Annotated[float | None, Opt("Most seconds per prompt.")] = None
+    tune: dict[str, Any] = field(default_factory=dict)  # the method's own settings, such as tune.width=3 for tree
     top_k: Annotated[int, Opt("Images to keep per prompt, best first.")] = 1
     batch: Annotated[int, Opt("Prompts in one pipeline call.")] = 8
     cache: Annotated[str | None, Opt("SQLite file of scores, so that a repeated run does not score twice.")] = None
@@ -44,22 +49,41 @@ class Generate(PromptVerb):
     def __post_init__(self) -> None:
         if self.method != "stock" and not self.reward:
             raise ConfigError(f"method '{self.method}' selects by a reward. Add one, for instance --reward clip.")
-        if self.method == "stock" and (self.n or self.budget or self.top_k != 1):
-            raise ConfigError("n, budget and top_k belong to a search; with method 'stock' add --method best_of_n.")
+        if self.method == "stock" and (self.n or self.budget or self.seconds or self.tune or self.top_k != 1):
+            raise ConfigError(
+                "n, budget, seconds, tune and top_k belong to a search; with method 'stock' add --method best_of_n."
+            )
+        if self.method == "best_of_n" and self.tune:
+            raise ConfigError(f"tune is {self.tune}, but best_of_n has only --n, --budget and --top-k.")
+        if self.method not in ("stock", "best_of_n") and self.n:
+            raise ConfigError(f"n is {self.n}, but '{self.method}' draws as many as its budget allows. Use --budget.")
         for name, value in (("batch", self.batch), ("top_k", self.top_k), ("n", self.n), ("limit", self.limit)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, but it must be at least 1.")
 
     def options(self) -> dict[str, Any]:
         """What the method is told beyond the stock arguments."""
+        from diffalign.budget import Limits
+
         if self.method == "stock":
             return {}
-        return {"top_k": self.top_k} | {k: v for k, v in {"n": self.n, "budget": self.budget}.items() if v is not None}
+        told: dict[str, Any] = {"top_k": self.top_k}
+        if self.n is not None:
+            told["n"] = self.n
+        if self.budget is not None or self.seconds is not None:
+            told["budget"] = Limits(nfe=self.budget, seconds=self.seconds)
+        return told | ({self.method: self.tune} if self.tune else {})
+
+    def told(self) -> dict[str, Any]:
+        """The method and its settings, in plain values."""
+        own = {"n": self.n, "budget": self.budget, "seconds": self.seconds, "top_k": self.top_k, "tune": self.tune}
+        searching = own if self.method != "stock" else {}
+        return {"name": self.method, **{name: value for name, value in searching.items() if value}}
 
     def cost(self) -> dict[str, Any]:
         prompts, each = len(self.cases()), self.rows_per_image(self.pipeline_call())
         searching = self.method != "stock"
-        candidates = (self.n or (self.budget // each if self.budget else 8)) if searching else 1
+        candidates = (self.n or (max(self.budget // each, 1) if self.budget else 8)) if searching else 1
         return {
             "prompts": prompts,
             "candidates_per_prompt": candidates,
@@ -94,7 +118,7 @@ class Generate(PromptVerb):
         passed = passes(done.pixels, cases) if self.split or self.embedded else None
         _mark(rows, passed)
         row = done.row(passed)
-        card = card_of(pipe, self.model, cases, call, reward=reward, method={"name": self.method, **self.options()})
+        card = card_of(pipe, self.model, cases, call, reward=reward, method=self.told())
         atomic.write_jsonl(out / "results.jsonl", rows)
         atomic.write_json(out / "card.json", card.json())
         print(f"{len(rows)} images in {out}  " + describe(row))

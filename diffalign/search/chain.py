@@ -19,10 +19,20 @@ from diffalign.noise import Transition
 class Chain(Protocol):
     """A walk from noise to media in `length` steps for `len(seeds)` cases."""
 
-    length: int
     budget: Budget  # charged by the chain for model calls and decodes, by the judge for rewards
-    seeds: Sequence[int]  # one per case
-    costs: Sequence[int]  # NFE of one row's prediction at each of the `length` levels
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        """One per case."""
+        ...
+
+    @property
+    def costs(self) -> Sequence[int]:
+        """NFE of one row's prediction at each of the `length` levels."""
+        ...
 
     def noise(self, seeds: Sequence[int], rows: Sequence[int]) -> Tensor:
         """Standard normal noise (K, ...), row k drawn from seeds[k] alone, as the plain sampler draws it."""

@@ -40,11 +40,11 @@ class CLIPConfig:
     embed: int = 128
     images: int = 16384
     smallest: float = 5.5  # radius in pixels
-    batch: int = 96
+    batch: int = 128
     noise: float = 0.06  # largest deviation of the pixel noise
     blur: float = 0.5  # share of the images that are blurred as an autoencoder would
     hard: int = 1  # wrong captions per image
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=450, warmup=40, ema=0.98, weight_decay=0.05))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1200, warmup=60, ema=0.995, weight_decay=0.05))
 
 
 DEFAULT = CLIPConfig()

@@ -1,0 +1,300 @@
+"""Tree: search or sample over the branching walk of a stochastic sampler, with every walk's reward reused.
+
+Paper: "Diffusion Tree Sampling: Scalable inference-time alignment of diffusion models", Jain et al., 2025 (arXiv
+2506.20701). Both its forms: DTS descends by exp(strength v) and draws from the reward-tilted law, DTS* descends by
+v + c_uct sqrt(log N(parent) / N(child)) and hunts for the best. The soft backup divides by the number of children,
+which are draws of the prior; a node may have ceil(width max(1, N)^growth) of them.
+
+Where we differ: the paper's constants are not known to us for certain, so all of them are options. The strength may
+be measured in standard deviations of a case's first leaves; until it is settled, descents take the least visited
+child. A step that draws no noise has one child. Invalid leaves leave the mean over their siblings. A descent onto a
+finished leaf repeats at once, so that a round ends with walks to make. `levels`, `fixed`, and starts found
+elsewhere (`noise`) are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import ConfigError
+from diffalign.noise import case_generator, case_noise
+from diffalign.search.chain import Chain
+from diffalign.search.judge import Judge
+from diffalign.search.nodes import Nodes
+from diffalign.search.nodes import Tree as Tree
+from diffalign.search.nodes import TreeResult as TreeResult
+
+Track = list[tuple[Tensor, Tensor]]  # latent and prediction of each level a walk passed, on the CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeConfig:
+    """Settings of tree search."""
+
+    mode: Literal["search", "sample"] = "search"  # DTS* hunts for the best leaf, DTS draws from the tilted law
+    strength: float = 2.0  # nats per unit of reward, or per standard deviation of it: greater trusts good leaves more
+    scale: Literal["given", "std"] = "std"  # "std": strength and c_uct are per standard deviation of the first leaves
+    calibration: int = 8  # valid leaves that settle that deviation; if they all tie, it waits for one that differs
+    c_uct: float = 1.0  # DTS* only, in the strength's unit of reward: greater goes back to rarely visited nodes more
+    width: float = 2.0  # children a node may have after one visit; 1 goes deep sooner
+    growth: float = 0.5  # power of the visits that allows more: 1 never leaves the root; to hunt, try 0.25 at width 1
+    parallel: int = 1  # leaves a case has in flight: greater fills a device and knows less when it chooses
+    iterations: int = 64  # descents per case where neither the call nor the budget says when to stop
+    levels: tuple[int, ...] = ()  # levels that may hold siblings, 0 being the noise; empty: all
+    fixed: tuple[int, ...] = ()  # siblings at levels 0, 1, ..., one below: a tree of that shape in place of widening
+    visits_start: int = 0  # visits a new node begins with, before the one that made it
+    patience: int = 1000  # descents in a row onto finished leaves after which a case counts as searched out
+
+    def __post_init__(self) -> None:
+        for name, known in (("mode", ("search", "sample")), ("scale", ("given", "std"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"tree.{name} is {getattr(self, name)!r}. Use one of: {', '.join(known)}.")
+        for name in ("strength", "c_uct", "width", "growth"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"tree.{name} is {getattr(self, name)}, but it must be finite and not negative.")
+        for name, least in (("calibration", 2), ("parallel", 1), ("iterations", 1), ("patience", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"tree.{name} is {getattr(self, name)}, but it must be at least {least}.")
+        if self.width == 0 or self.growth > 1:
+            raise ConfigError(
+                f"tree.width is {self.width} and tree.growth {self.growth}, but a node needs a width above 0, and "
+                "growth above 1 would never descend. Try width=2, growth=0.5."
+            )
+        if self.visits_start not in (0, 1):
+            raise ConfigError(f"tree.visits_start is {self.visits_start}, but a new node counts as seen 0 or 1 times.")
+        if self.levels and self.fixed:
+            raise ConfigError(f"tree.levels {self.levels} and tree.fixed {self.fixed} both shape the tree. Keep one.")
+        if min((*self.levels, 0)) < 0:
+            raise ConfigError(f"tree.levels is {self.levels}, but levels begin at 0, the noise.")
+        if min((*self.fixed, 1)) < 1:
+            raise ConfigError(f"tree.fixed is {self.fixed}, but a level holds at least 1 child.")
+
+
+@dataclass
+class _Purse:
+    """What one case may still spend in this call, so that its tree is the same alone and in a batch."""
+
+    goal: float  # descents made in all by the end
+    nfe: float
+    scored: float
+
+
+@dataclass(frozen=True)
+class _Trip:
+    """A walk to make: the child number `order` of `parent`, standing at `level`, on to the end."""
+
+    row: int
+    parent: int
+    order: int
+    level: int
+    seed: int
+
+
+def grow(
+    chain: Chain,
+    judge: Judge,
+    config: TreeConfig = TreeConfig(),
+    tree: Tree | None = None,
+    iterations: int | None = None,
+    noise: Tensor | Sequence[Tensor] | None = None,
+) -> Tree:
+    """Grow the cases' trees by `iterations` descents each, or to the end of the budget; a given `tree` grows in place.
+
+    Walks still queued when a limit is reached are the first of the next call, so cutting it up changes no tree.
+    `noise` (B, N, ...), or one (N, ...) per case, starts the first N children of a new tree's roots.
+    """
+    tree = _planted(chain, judge, tree, noise)
+    for nodes in tree.cases:
+        nodes.stall = nodes.stall if nodes.stall < config.patience else 0
+        _weigh(nodes, config)
+    like = chain.first(chain.seeds[:1], [0])
+    purses = _purses(tree, judge, config, iterations)
+    while True:
+        trips: list[_Trip] = []
+        for row, (nodes, purse) in enumerate(zip(tree.cases, purses, strict=True)):
+            _choose(nodes, tree.free, config, purse.goal)
+            trips += _payable(row, nodes, purse, chain.costs)
+        spend = sum(sum(chain.costs[trip.level :]) for trip in trips)
+        if not trips or not judge.affords(nfe=spend, scored=len(trips)):
+            return tree
+        tracks, x = _walk(chain, tree, trips, like)
+        rewards = judge.leaf(x, [trip.row for trip in trips])
+        _hang(tree, config, trips, (tracks, x), rewards)
+
+
+def _planted(chain: Chain, judge: Judge, tree: Tree | None, noise: Tensor | Sequence[Tensor] | None) -> Tree:
+    cases = len(chain.seeds)
+    if tree is not None:
+        if noise is not None:
+            raise ConfigError("noise starts a new tree, but this one has grown already. Pass either tree or noise.")
+        seeds = [nodes.seed for nodes in tree.cases]
+        if seeds != list(chain.seeds) or tree.length != chain.length:
+            raise ConfigError(
+                f"the tree was grown for seeds {seeds} in {tree.length} steps, but this call has seeds "
+                f"{list(chain.seeds)} in {chain.length}. Repeat the call that began it."
+            )
+        if any(nodes.leaves for nodes in tree.cases):
+            return tree
+    elif noise is not None and len(noise) != cases:
+        raise ConfigError(f"noise is given for {len(noise)} cases, but there are {cases}.")
+    judge.require(nfe=cases * sum(chain.costs), scored=cases, what="a first walk")
+    return tree or Tree(chain.seeds, chain.length, noise)
+
+
+def _purses(tree: Tree, judge: Judge, config: TreeConfig, iterations: int | None) -> list[_Purse]:
+    """An equal share of what is left for every case."""
+    budget, cases = judge.chain.budget, len(tree.cases)
+    limits = budget.limits
+
+    def share(limit: int | None, spent: int, each: int = 1) -> float:
+        return math.inf if limit is None else (limit * budget.prompts - spent) // cases // each
+
+    nfe = share(limits.nfe, budget.nfe)
+    scored = min(share(limits.decodes, budget.decodes), share(limits.reward_calls, budget.reward_calls, judge.rewards))
+    more: float = config.iterations if iterations is None else iterations
+    if iterations is None and not (nfe == scored == math.inf and limits.seconds is None):
+        more = math.inf
+    return [_Purse(nodes.visits[0] - len(nodes.queue) + more, nfe, scored) for nodes in tree.cases]
+
+
+def _choose(nodes: Nodes, free: list[bool], config: TreeConfig, goal: float) -> None:
+    """Descend until a round's `parallel` walks are queued; visits count at once, so later descents look elsewhere."""
+    while not nodes.filled and nodes.stall < config.patience and nodes.visits[0] - len(nodes.queue) < goal:
+        path = _descend(nodes, free, config)
+        ended = bool(path) and nodes.level[path[-1]] == nodes.length
+        if not path or (ended and config.fixed):  # nothing to do until walks in flight are home, or ever
+            nodes.filled = bool(nodes.queue)
+            nodes.stall = nodes.stall if nodes.queue else config.patience
+            return
+        for node in path:
+            nodes.visits[node] += 1
+        if ended:
+            nodes.stall += 1
+            nodes.filled = nodes.stall >= config.patience and bool(nodes.queue)
+        else:
+            nodes.stall = 0
+            nodes.queue.append(path[-1])
+            nodes.filled = len(nodes.queue) >= config.parallel
+
+
+def _descend(nodes: Nodes, free: list[bool], config: TreeConfig) -> list[int]:
+    """The path to a node that is owed a child, or to a finished leaf; empty if the root must wait for its children."""
+    path = [0]
+    uniforms: list[float] = []
+    if config.mode == "sample":
+        generator = case_generator(nodes.seed, "select", nodes.visits[0])
+        uniforms = torch.rand(nodes.length + 1, generator=generator, dtype=torch.float64).tolist()
+    while nodes.level[path[-1]] < nodes.length:
+        node = path[-1]
+        if nodes.owed(node) < _allowance(nodes, node, free, config):
+            return path
+        known = nodes.valid(node)
+        if not known:  # only a root can get here: all its leaves are invalid, or still in flight
+            return [] if nodes.queue or config.fixed else path
+        path.append(_pick(nodes, node, known, config, uniforms))
+    return path
+
+
+def _allowance(nodes: Nodes, node: int, free: list[bool], config: TreeConfig) -> int:
+    """How many children a node may have."""
+    level = nodes.level[node] + 1
+    if not free[level]:
+        return 1
+    if config.fixed:
+        most = config.fixed[level] if level < len(config.fixed) else 1
+    elif config.levels and level not in config.levels:
+        most = 1
+    else:
+        most = math.ceil(config.width * max(1, nodes.visits[node]) ** config.growth)
+    return max(most, len(nodes.noise)) if level == 0 and nodes.noise is not None else most
+
+
+def _pick(nodes: Nodes, node: int, known: list[int], config: TreeConfig, uniforms: list[float]) -> int:
+    if config.fixed or not nodes.settled:
+        return min(known, key=nodes.visits.__getitem__)
+    if config.mode == "sample":
+        return nodes.tempted(node, uniforms[nodes.level[node] + 1])
+    pull = config.c_uct * nodes.scale * math.sqrt(math.log(nodes.visits[node]))
+    return max(known, key=lambda child: nodes.value[child] + pull / math.sqrt(nodes.visits[child]))
+
+
+def _payable(row: int, nodes: Nodes, purse: _Purse, costs: Sequence[int]) -> list[_Trip]:
+    """The queue's walks, from its front, that the case can still pay; they are paid for."""
+    trips: list[_Trip] = []
+    twins: Counter[int] = Counter()
+    for parent in nodes.queue if nodes.filled else []:
+        level = nodes.level[parent] + 1
+        cost, made = sum(costs[level:]), nodes.visits[0] - len(nodes.queue) + len(trips)
+        if made >= purse.goal or cost > purse.nfe or purse.scored < 1:
+            break
+        order = len(nodes.children[parent]) + twins[parent]
+        trips.append(_Trip(row, parent, order, level, nodes.child_seed(parent, order)))
+        twins[parent] += 1
+        purse.nfe, purse.scored = purse.nfe - cost, purse.scored - 1
+    return trips
+
+
+def _walk(chain: Chain, tree: Tree, trips: list[_Trip], like: Tensor) -> tuple[list[Track], Tensor]:
+    """Walk all trips to the end, one model call per level, rows joining at theirs; final latents are (K, ...)."""
+    tracks: list[Track] = [[] for _ in trips]
+    live: list[int] = []
+    x = like[:0]
+    for i in range(min(trip.level for trip in trips), chain.length + 1):
+        fresh = [k for k, trip in enumerate(trips) if trip.level == i]
+        if fresh:
+            x, live = torch.cat([x, _children(chain, tree, [trips[k] for k in fresh], i, like)]), live + fresh
+        if i == chain.length:
+            break
+        prediction = chain.predict(x, i, [trips[k].row for k in live])
+        for k, latent, aim in zip(live, _kept(x), _kept(prediction), strict=True):
+            tracks[k].append((latent, aim))
+        step = chain.transition(x, prediction, i)
+        tree.free[i + 1] = step.std != 0
+        noise = case_noise([trips[k].seed for k in live], x, "step", i) if step.std else None
+        x = step.sample(noise, dtype=x.dtype)
+    return tracks, x[torch.tensor(live, device=x.device).argsort()]
+
+
+def _children(chain: Chain, tree: Tree, trips: list[_Trip], i: int, like: Tensor) -> Tensor:
+    """Latents (K, ...) of new nodes at level i: fresh starts, or new draws from predictions made before."""
+    if i == 0:
+        return torch.cat([_start(chain, tree.cases[trip.row], trip, like) for trip in trips])
+    x, prediction = (
+        torch.stack([getattr(tree.cases[trip.row], name)[trip.parent] for trip in trips]).to(like.device)
+        for name in ("x", "prediction")
+    )
+    step = chain.transition(x, prediction, i - 1)
+    noise = case_noise([trip.seed for trip in trips], x, "step", i - 1) if step.std else None
+    return step.sample(noise, dtype=x.dtype)
+
+
+def _start(chain: Chain, nodes: Nodes, trip: _Trip, like: Tensor) -> Tensor:
+    if nodes.noise is not None and trip.order < len(nodes.noise):
+        return chain.start(nodes.noise[trip.order : trip.order + 1].to(like.device), [trip.row])
+    return chain.first([trip.seed], [trip.row])
+
+
+def _hang(tree: Tree, config: TreeConfig, trips: list[_Trip], walks: tuple[list[Track], Tensor], r: Tensor) -> None:
+    """Put finished walks and their rewards (K,) into the trees and take them off the queues."""
+    for trip, track, final, reward in zip(trips, walks[0], _kept(walks[1]), r.tolist(), strict=True):
+        nodes = tree.cases[trip.row]
+        nodes.queue.pop(0)
+        nodes.filled, nodes.stall = bool(nodes.queue), 0
+        nodes.add(trip.parent, track, final, reward, config.visits_start)
+        if not nodes.settled:
+            _weigh(nodes, config)
+
+
+def _weigh(nodes: Nodes, config: TreeConfig) -> None:
+    nodes.weigh(config.strength, config.calibration if config.scale == "std" else None)
+
+
+def _kept(x: Tensor) -> Sequence[Tensor]:
+    return x.detach().to("cpu", copy=True).unbind(0)

@@ -1,0 +1,62 @@
+"""Particles for any stock pipeline: a population is weighted by what it promises and resampled on the way.
+
+Papers: "A General Framework for Inference-time Scaling and Steering of Diffusion Models", Singhal et al., 2025 (arXiv
+2501.06848); "Test-time Alignment of Diffusion Models without Reward Over-optimization", Kim et al., 2025 (arXiv
+2501.05803); the algorithms and where they differ stand in `diffalign/search/smc.py`, `das.py` and `moves.py`.
+
+Where we differ: a pipeline whose own sampler draws no noise gets a stochastic step of ours, named in the report's card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from diffalign import scoring
+from diffalign.budget import Limits
+from diffalign.registry import register_pipeline
+from diffalign.search import smc as core
+from diffalign.search.smc import SMCConfig
+from diffalign.searching import Found, Improvement, Method, SearchShell, Session, settings, value_of
+
+
+@register_pipeline("smc")
+class SMCPipeline(SearchShell):
+    """Steers a population of denoising walks towards high reward and returns its best images."""
+
+    METHOD = "smc"
+
+    def __call__(
+        self,
+        *args: Any,
+        reward: Any = None,
+        smc: SMCConfig | Mapping[str, Any] | None = None,
+        budget: Limits | int | float | str | None = None,
+        top_k: int | None = None,
+        on_improve: Callable[[Improvement], None] | None = None,
+        value: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock call; with `reward` the best `top_k` particles per prompt, best first, and a `.report`.
+
+        `value` judges unfinished particles: "clean" (the clean prediction, the default), a number of completion steps,
+        ("rollouts", n), or an object with the protocol of `diffalign.search.values.Value`.
+        """
+        asked = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
+        return self.search(args, kwargs, [(self.method(smc, value=value), 1.0)], **asked)
+
+    @classmethod
+    def method(cls, given: Any = None, *, value: Any = None) -> Method:
+        config = settings(SMCConfig, given, "smc")
+
+        def run(session: Session, noise: Tensor | None) -> Found:
+            if config.proposal == "gradient":
+                scoring.require_gradient(session.reward, "the gradient proposal of smc")
+            chosen = value_of(value, session.judge, config.strength)
+            found = core.run(session.chain, session.judge, config, value=chosen, noise=noise)
+            names = ("log_z", "strength", "ancestors", "levels", "ess", "resampled", "invalid", "stalled")
+            return Found(None, {"smc": {name: getattr(found, name) for name in names}})
+
+        return run

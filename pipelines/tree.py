@@ -1,0 +1,89 @@
+"""Diffusion tree sampling and search for any stock pipeline: past walks are kept and the promising ones are branched.
+
+Paper: "Diffusion Tree Sampling: Scalable inference-time alignment of diffusion models", Jain et al., 2025 (arXiv
+2506.20701); the algorithm and where it differs stand in `diffalign/search/tree.py`.
+
+Where we differ: a pipeline whose own sampler draws no noise gets a stochastic step of ours, named in the report's card.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.budget import Limits
+from diffalign.registry import register_pipeline
+from diffalign.search import tree as core
+from diffalign.search.tree import Tree, TreeConfig
+from diffalign.searching import Found, Improvement, Method, SearchShell, Session, read_tree, settings
+
+
+@register_pipeline("tree")
+class TreePipeline(SearchShell):
+    """Grows a tree of denoising walks and returns its best leaves; more budget later grows the same tree on."""
+
+    METHOD = "tree"
+
+    def __call__(
+        self,
+        *args: Any,
+        reward: Any = None,
+        tree: TreeConfig | Mapping[str, Any] | None = None,
+        budget: Limits | int | float | str | None = None,
+        top_k: int | None = None,
+        on_improve: Callable[[Improvement], None] | None = None,
+        grown: Tree | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The stock call; with `reward` the best `top_k` leaves per prompt, best first, and a `.report`.
+
+        `report.tree` goes on growing when the same call gets it as `grown`, also from a file that `save_tree` wrote.
+        """
+        asked = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
+        return self.search(args, kwargs, [(self.method(tree, grown=grown), 1.0)], **asked)
+
+    @classmethod
+    def method(cls, given: Any = None, *, grown: Tree | str | os.PathLike[str] | None = None) -> Method:
+        config = settings(TreeConfig, given, "tree")
+
+        def run(session: Session, noise: Tensor | None) -> Found:
+            before = grown if isinstance(grown, Tree) or grown is None else read_tree(grown)
+            seeds = None if noise is None else noise[:, None]
+            if before is None:
+                before, seeds = Tree(session.chain.seeds, session.chain.length, seeds), None
+            session.tree = before
+            _show_best(session, before)
+            core.grow(session.chain, session.judge, config, before, noise=seeds)
+            told = before.result()
+            names = ("leaves", "nodes", "depth", "value", "descent")
+            return Found(_noise_of_best(session, before), {"tree": {name: getattr(told, name) for name in names}})
+
+        return run
+
+
+def _show_best(session: Session, tree: Tree) -> None:
+    """The best leaf that an earlier call found in each tree is a candidate of this one too."""
+    for row, nodes in enumerate(tree.cases):
+        valid = [leaf for leaf in nodes.leaves if nodes.value[leaf] == nodes.value[leaf]]
+        if valid:
+            best = max(valid, key=nodes.value.__getitem__)
+            x = nodes.x[best][None].to(session.chain.driver.start())  # type: ignore[index]
+            session.judge.leaf(x, [row])
+
+
+def _noise_of_best(session: Session, tree: Tree) -> Tensor | None:
+    """The start noise (B, ...) that each case's best leaf grew from; None where a pipeline does not start from noise."""
+    starts = []
+    for nodes in tree.cases:
+        valid = [leaf for leaf in nodes.leaves if nodes.value[leaf] == nodes.value[leaf]]
+        if not valid:
+            return None
+        node = max(valid, key=nodes.value.__getitem__)
+        while nodes.level[node]:
+            node = nodes.parent[node]
+        starts.append(nodes.x[node])
+    return session.chain.unscaled(torch.stack(starts))  # type: ignore[arg-type]
