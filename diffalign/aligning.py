@@ -35,8 +35,8 @@ def align(
 
     `budget` is NFE per prompt (400), seconds per prompt ("20s" or 20.0) or `Limits`. A method may be several in turn,
     such as "smc+reno" or "tree+random": each starts from the noise that the one before found best, all share one budget
-    by `shares` (equal by default), and the best image of all comes back. `settings` holds each method's own config, such
-    as {"tree": {"width": 3}}. Ctrl-C gives back the best so far.
+    by `shares` (equal by default), and the best image of all comes back. `settings` holds each method's own config:
+    {"tree": {"width": 3}}. Ctrl-C gives back the best so far.
     """
     names = [name.strip() for name in method.split("+")]
     if names == ["best_of_n"]:

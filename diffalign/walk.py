@@ -68,8 +68,8 @@ class PipelineChain:
     def _kernel(self) -> Kernel:
         if self._still:
             raise ConfigError(
-                "eta is 0, so every branch of this search would be the same image. Leave eta out or set it above 0 (1 is "
-                "the ancestral sampler), or use a method that varies the start noise: best_of_n, random, reno."
+                "eta is 0, so every branch of this search would be the same image. Leave eta out or set it above 0 (1 "
+                "is the ancestral sampler), or use a method that varies the start noise: best_of_n, random, reno."
             )
         return noise.KERNELS[self.kernel_name](self.noise_level)
 
@@ -146,7 +146,7 @@ class PipelineChain:
         return self.driver.select(tuple(rows))
 
     def _in_chunks(self, rows: Sequence[int], run: Callable[[slice], Tensor]) -> Tensor:
-        """`run` over all rows in chunks of at most `most`, in halves from the failing chunk on where memory is short."""
+        """`run` over all rows in chunks of at most `most`, smaller ones from where memory runs short."""
         parts: list[Tensor] = []
         at = 0
         while at < len(rows):

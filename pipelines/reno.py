@@ -16,9 +16,9 @@ from torch import Tensor
 from diffalign import scoring
 from diffalign.budget import Limits
 from diffalign.registry import register_pipeline
-from diffalign.searching import Found, Improvement, Method, SearchShell, Session, settings
 from diffalign.search import reno as core
 from diffalign.search.reno import RenoConfig
+from diffalign.searching import Found, Improvement, Method, SearchShell, Session, settings
 
 
 @register_pipeline("reno")

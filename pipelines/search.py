@@ -70,9 +70,9 @@ class SearchPipeline(SearchShell):
     ) -> Any:
         """The stock call; with `reward` the best `top_k` images per prompt, best first, and a `.report`.
 
-        `search` names the method (zero_order by default) and its settings: {"method": "beam", "beams": 3}. `value` judges
-        unfinished latents: "clean", a number of completion steps, ("rollouts", n), or an object of ours. `veto` is for
-        beam: branches it marks are cut off, and never returned.
+        `search` names the method (zero_order by default) and its settings: {"method": "beam", "beams": 3}.
+        `value` judges unfinished latents: "clean", a number of completion steps, ("rollouts", n), or an object of ours.
+        `veto` is for beam: branches it marks are cut off, and never returned.
         """
         asked = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
         return self.search(args, kwargs, [(self.method(search, value=value, veto=veto), 1.0)], **asked)

@@ -76,7 +76,7 @@ def _show_best(session: Session, tree: Tree) -> None:
 
 
 def _noise_of_best(session: Session, tree: Tree) -> Tensor | None:
-    """The start noise (B, ...) that each case's best leaf grew from; None where a pipeline does not start from noise."""
+    """The start noise (B, ...) behind each case's best leaf; None where a pipeline does not start from noise."""
     starts = []
     for nodes in tree.cases:
         valid = [leaf for leaf in nodes.leaves if nodes.value[leaf] == nodes.value[leaf]]

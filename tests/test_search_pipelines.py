@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +131,17 @@ def test_everything_is_put_back_also_when_the_reward_raises(name: str):
     weight = next(pipe.transformer.parameters())
     weight.requires_grad_(True)
     made = shell.from_pipe(pipe)
+    stock = pixels(pipe(**call("sd3", 1), generator=seeded()))  # transformers hooks its layers at the first call
     before, bars = snapshot(pipe), dict(getattr(made, "_progress_bar_config", {}))
-    stock = pixels(pipe(**call("sd3", 1), generator=seeded()))
 
     class Broken(Brightness):
         def __call__(self, media: torch.Tensor, cases: Any) -> torch.Tensor:
             raise RuntimeError("on purpose")
 
-    for reward in (Broken(), Brightness()):
-        try:
-            made(
-                **call("sd3", 1), generator=seeded(), reward=reward, budget=4 * plain_nfe(pipe, call("sd3", 1)), **told
-            )
-        except RuntimeError as e:
-            assert "on purpose" in str(e)
+    ask = {"budget": 4 * plain_nfe(pipe, call("sd3", 1)), **told}
+    for reward, outcome in ((Broken(), pytest.raises(RuntimeError, match="on purpose")), (Brightness(), nullcontext())):
+        with outcome:
+            made(**call("sd3", 1), generator=seeded(), reward=reward, **ask)
         assert differences(before, snapshot(pipe)) == []
         assert made._progress_bar_config == bars
     assert np.array_equal(stock, pixels(made(**call("sd3", 1), generator=seeded())))
@@ -155,8 +153,7 @@ def test_no_budget_is_ever_exceeded(name: str, times: int):
     limit = times * plain_nfe(pipe, call("sd3", 1)) + 1
     try:
         report = run(name, "sd3", budget=limit, batch=2).report
-    except BudgetError as e:
-        assert "Raise the" in str(e)
+    except BudgetError:
         return
     assert 0 < report.budget["nfe"] <= limit
 

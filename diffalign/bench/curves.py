@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ def draw_steps(report: Any, file: str | os.PathLike[str], *, prompts: list[str] 
     figure, axes = plt.subplots(len(rows), 1, figsize=(7.5, 0.8 + 2.1 * len(rows)), layout="constrained", squeeze=False)
     for k, (axis, rewards) in enumerate(zip(axes[:, 0], rows, strict=True)):
         gains = told["gains"][k].tolist()
-        middles = [(a + b) / 2 for a, b in zip(levels[:-1], levels[1:], strict=True)]
-        widths = [0.8 * (b - a) for a, b in zip(levels[:-1], levels[1:], strict=True)]
+        middles = [(a + b) / 2 for a, b in pairwise(levels)]
+        widths = [0.8 * (b - a) for a, b in pairwise(levels)]
         axis.bar(middles, gains, width=widths, color=[GOOD if gain >= 0 else BAD for gain in gains])
         axis.axhline(0, color=INK, linewidth=0.6)
         axis.set_ylabel("gain of the step")

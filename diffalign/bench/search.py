@@ -79,13 +79,16 @@ def run(
     contenders = {name: asdict(contender) for name, contender in grid.contenders.items()}
     card = card_of(pipe, model, cases, call, reward=reward, method=contenders)
     _require_same(card, folder / "card.json")
-    done = {(row["method"], row["times"], row["index"]) for row in read_rows(folder)}
+    found, file = read_rows(folder), folder / "rows.jsonl"
+    if file.exists() and not file.read_bytes().endswith(b"\n"):
+        atomic.write_jsonl(file, found)  # a kill cut the last line short
+    done = {(row["method"], row["times"], row["index"]) for row in found}
     for cell in grid.cells():
         for first, some in zip(range(0, len(cases), grid.batch), batched(list(cases), grid.batch), strict=True):
             if not all((cell.method, cell.times, first + k) in done for k in range(len(some))):
                 rows = _measure(pipe, some, first, cell, grid.contenders[cell.method], reward, call)
-                with (folder / "rows.jsonl").open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.writelines(json.dumps(row) + "\n" for row in rows)
             advance(f"{cell.method} at {cell.times}x", len(some))
     return card
 

@@ -1,4 +1,4 @@
-"""A contact sheet: each prompt with its picture before and after, the verifier's mark and the score."""
+"""A contact sheet: each prompt with its pictures side by side, the verifier's mark and the score."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, GAP, CELL_GAP, MARGIN, COLUMNS = 168, 8, 36, 40, 4
+SIDE, GAP, CELL_GAP, MARGIN, WIDEST = 168, 8, 36, 40, 8  # WIDEST pictures in a row
 PAPER, INK, SOFT, LINE = "#fbfaf7", "#1c1c1e", "#75757a", "#d9d7d0"
 RIGHT, WRONG = "#1b7f4c", "#c2382c"
 PROMPT_LINES = 2
@@ -16,7 +16,7 @@ PROMPT_LINES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One side of a pair."""
+    """What one method made of a prompt."""
 
     image: Image.Image
     passed: bool | None = None  # the verifier's word; None where there is no verifier
@@ -24,19 +24,18 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """One prompt, before and after."""
+class Entry:
+    """One prompt and a picture by each method."""
 
     prompt: str
-    before: Picture
-    after: Picture
+    pictures: Sequence[Picture]
 
 
-def contact_sheet(pairs: Sequence[Pair], *, title: str, subtitle: str, labels: tuple[str, str]) -> Image.Image:
-    """All pairs in a grid under a title; `labels` name the two sides."""
-    columns = min(COLUMNS, len(pairs))
-    rows = -(-len(pairs) // columns)
-    cell_width, cell_height = 2 * SIDE + GAP, 44 + SIDE + 30
+def contact_sheet(entries: Sequence[Entry], *, title: str, subtitle: str, labels: Sequence[str]) -> Image.Image:
+    """All entries in a grid under a title; `labels` name the pictures of each."""
+    columns = max(1, min(WIDEST // len(labels), len(entries)))
+    rows = -(-len(entries) // columns)
+    cell_width, cell_height = len(labels) * (SIDE + GAP) - GAP, 44 + SIDE + 30
     width = max(2 * MARGIN + columns * cell_width + (columns - 1) * CELL_GAP, 760)
     head = MARGIN + 78
     sheet = Image.new("RGB", (width, head + rows * (cell_height + 22) + MARGIN - 12), PAPER)
@@ -44,18 +43,18 @@ def contact_sheet(pairs: Sequence[Pair], *, title: str, subtitle: str, labels: t
     draw.text((MARGIN, MARGIN - 8), title, font=_font(26), fill=INK)
     draw.text((MARGIN, MARGIN + 28), subtitle, font=_font(15), fill=SOFT)
     draw.line([(MARGIN, head - 18), (width - MARGIN, head - 18)], fill=LINE, width=1)
-    for number, pair in enumerate(pairs):
+    for number, entry in enumerate(entries):
         left = MARGIN + (number % columns) * (cell_width + CELL_GAP)
         top = head + (number // columns) * (cell_height + 22)
-        _draw_pair(sheet, draw, pair, left, top, labels)
+        _draw_entry(sheet, draw, entry, left, top, labels)
     return sheet
 
 
-def _draw_pair(sheet: Image.Image, draw: Any, pair: Pair, left: int, top: int, labels: tuple[str, str]) -> None:
-    lines = _wrapped(draw, pair.prompt, _font(15), 2 * SIDE + GAP)
+def _draw_entry(sheet: Image.Image, draw: Any, entry: Entry, left: int, top: int, labels: Sequence[str]) -> None:
+    lines = _wrapped(draw, entry.prompt, _font(15), len(labels) * (SIDE + GAP) - GAP)
     for k, line in enumerate(lines):
         draw.text((left, top + 19 * (k + PROMPT_LINES - len(lines))), line, font=_font(15), fill=INK)
-    for k, (picture, label) in enumerate(zip((pair.before, pair.after), labels, strict=True)):
+    for k, (picture, label) in enumerate(zip(entry.pictures, labels, strict=True)):
         x, y = left + k * (SIDE + GAP), top + 44
         sheet.paste(_fitted(picture.image), (x, y))
         draw.rectangle([x - 1, y - 1, x + SIDE, y + SIDE], outline=LINE)

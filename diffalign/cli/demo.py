@@ -1,4 +1,4 @@
-"""`diffalign demo`: what best-of-N does, on the embedded models, in about a minute."""
+"""`diffalign demo`: what search does, on the embedded models, in under two minutes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from diffalign.bench.sample import Sampled
     from diffalign.cases import Case
 
+METHODS = ("stock", "best_of_n", "tree", "reno")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(ModelVerb):
-    """Stock images against the best of N, side by side.
+    """One plain draw, best-of-N, tree search and noise optimisation, side by side.
 
-    A tiny model draws coloured shapes; a CLIP that was trained beside it picks the best of N; an exact verifier then
-    says which images are really right. The verifier never takes part in the choice. No network is needed.
+    A tiny model draws coloured shapes; a CLIP that was trained beside it steers and picks; an exact verifier then says
+    which images are really right. The verifier never takes part in the choice. Every method has the budget of N plain
+    images; ReNO climbs the noise of the one-step student. No network is needed.
 
-    Writes OUT/sheet.png (before and after) and OUT/card.json.
+    Writes OUT/sheet.png (side by side) and OUT/card.json.
 
     \b
     diffalign demo
@@ -32,10 +35,11 @@ class Demo(ModelVerb):
 
     NAME: ClassVar[str] = "demo"
     out: Annotated[str | None, Opt("Folder for sheet.png and card.json.")] = "out/demo"
-    n: Annotated[int, Opt("Candidates per prompt.")] = 16
+    n: Annotated[int, Opt("Candidates per prompt, which is every method's budget.")] = 16
     prompts: Annotated[int, Opt("Prompts, every kind of task in turn.")] = 8
     split: Annotated[Split, Opt("Prompt set of the shapes world.")] = "heldout"
     reward: Annotated[tuple[str, ...] | dict[str, Any], Opt("What selects.", flag="-r")] = ("clip",)
+    student: Annotated[str, Opt("One-step model whose noise ReNO optimises.")] = "shapes-turbo"
 
     def __post_init__(self) -> None:
         for name, value in (("n", self.n), ("prompts", self.prompts)):
@@ -44,8 +48,7 @@ class Demo(ModelVerb):
 
     def cost(self) -> dict[str, Any]:
         each = self.rows_per_image(self.pipeline_call())
-        images = self.prompts * self.n
-        return {"prompts": self.prompts, "nfe_per_prompt": self.n * each, "decodes": images, "reward_calls": images}
+        return {"prompts": self.prompts, "nfe_per_prompt": self.n * each, "methods": list(METHODS)}
 
     def cases(self) -> list[Case]:
         """Different prompts, every kind of task in turn."""
@@ -66,23 +69,46 @@ class Demo(ModelVerb):
     def run(self) -> dict[str, Any]:
         from diffalign import atomic, scoring
         from diffalign.bench.card import card_of
-        from diffalign.bench.sample import sample
         from diffalign.cli.truth import verdicts
 
         out = atomic.require_folder(self.out or "out/demo")
         cases, reward = self.cases(), scoring.make_reward(self.reward)
         pipe, call = self.pipeline(), self.pipeline_call()
-        pipe.set_progress_bar_config(disable=None, desc=f"best of {self.n}", unit="candidate")
-        options = {"n": self.n, "top_k": self.n}
-        done = sample(pipe, cases, method="best_of_n", reward=reward, call=call, options=options, batch=len(cases))
-        base = first_candidates(done)
-        truths = [[verdict.strict for verdict in verdicts(side.pixels, cases)] for side in (base, done)]
-        rows = [base.row(truths[0]), done.row(truths[1]) | {"method": f"best of {self.n}"}]
-        atomic.write_image(out / "sheet.png", _sheet(base, done, truths, self.n, rows))
-        card = card_of(pipe, self.model, cases, call, reward=reward, method={"name": "best_of_n", "n": self.n})
-        atomic.write_json(out / "card.json", card.json())
-        _print(rows, done, truths, out)
+        sides = self.sides(pipe, cases, reward, call)
+        truths = [[verdict.strict for verdict in verdicts(side.pixels, cases)] for side in sides.values()]
+        rows = [side.row(truth) | {"method": name} for (name, side), truth in zip(sides.items(), truths, strict=True)]
+        atomic.write_image(out / "sheet.png", _sheet(sides, truths))
+        told = {"name": "demo", "n": self.n, "student": self.student}
+        atomic.write_json(out / "card.json", card_of(pipe, self.model, cases, call, reward=reward, method=told).json())
+        _print(rows, sides, truths, out)
         return {"rows": rows}
+
+    def sides(self, pipe: Any, cases: list[Case], reward: Any, call: dict[str, Any]) -> dict[str, Sampled]:
+        """What each method makes of the cases, the plain draw first."""
+        from diffalign.bench.sample import sample
+
+        def run(method: str, with_pipe: Any, with_call: dict[str, Any], **options: Any) -> Sampled:
+            with_pipe.set_progress_bar_config(disable=None, desc=method)
+            asked = {"reward": reward, "call": with_call, "options": options, "batch": len(cases)}
+            return sample(with_pipe, cases, method=method, **asked)
+
+        best = run("best_of_n", pipe, call, n=self.n, top_k=self.n)
+        sides = {"stock": first_candidates(best), f"best of {self.n}": best}
+        budget = int(best.spent["nfe"] / len(cases))
+        sides["tree"] = run("tree", pipe, call, budget=budget)
+        if reward.differentiable:
+            student, its_call = self.one_step(pipe, call)
+            sides["ReNO"] = run("reno", student, its_call, budget=budget)
+        return sides
+
+    def one_step(self, pipe: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The student of the embedded model; for other models the model itself."""
+        from dataclasses import replace
+
+        if self.model != "shapes-sd3":
+            return pipe, call
+        verb = replace(self, model=self.student)
+        return verb.pipeline(), verb.pipeline_call()
 
 
 def first_candidates(done: Sampled) -> Sampled:
@@ -104,26 +130,29 @@ def first_candidates(done: Sampled) -> Sampled:
     )
 
 
-def _sheet(base: Sampled, done: Sampled, truths: list[list[bool]], n: int, rows: list[dict[str, Any]]) -> Any:
+def _sheet(sides: dict[str, Sampled], truths: list[list[bool]]) -> Any:
     from diffalign import media
-    from diffalign.bench.sheet import Pair, Picture, contact_sheet
+    from diffalign.bench.sheet import Entry, Picture, contact_sheet
 
     def picture(side: Sampled, passed: list[bool], i: int) -> Picture:
         score = side.scores[i]
         value = float(score.total[0]) if score is not None and bool(score.valid[0]) else None
         return Picture(image=media.to_pil(side.pixels[i][0]), passed=passed[i], score=value)
 
-    pairs = [
-        Pair(prompt=case.prompt, before=picture(base, truths[0], i), after=picture(done, truths[1], i))
-        for i, case in enumerate(done.cases)
+    cases = next(iter(sides.values())).cases
+    entries = [
+        Entry(
+            prompt=case.prompt,
+            pictures=[picture(side, truth, i) for side, truth in zip(sides.values(), truths, strict=True)],
+        )
+        for i, case in enumerate(cases)
     ]
-    counts = " and ".join(f"{sum(passed)} of {len(passed)}" for passed in truths)
-    subtitle = f"Selected by reward alone (numbers); ticks and crosses are the exact verifier's: {counts} right."
-    title = f"One draw, and the best of {n}"
-    return contact_sheet(pairs, title=title, subtitle=subtitle, labels=("stock", f"best of {n}"))
+    counts = ", ".join(f"{name} {sum(truth)} of {len(truth)}" for name, truth in zip(sides, truths, strict=True))
+    subtitle = f"Steered by the reward alone (numbers). Right by the exact verifier (ticks): {counts}."
+    return contact_sheet(entries, title="One draw, and what search makes of it", subtitle=subtitle, labels=list(sides))
 
 
-def _print(rows: list[dict[str, Any]], done: Sampled, truths: list[list[bool]], out: Path) -> None:
+def _print(rows: list[dict[str, Any]], sides: dict[str, Sampled], truths: list[list[bool]], out: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -133,10 +162,11 @@ def _print(rows: list[dict[str, Any]], done: Sampled, truths: list[list[bool]], 
         proxy, truth = (f"{row[k]['mean']:.3f} [{row[k]['lo']:.3f}, {row[k]['hi']:.3f}]" for k in ("proxy", "truth"))
         table.add_row(row["method"], proxy, truth, f"{row['nfe']:g}", f"{row['seconds']:.2f}")
     Console().print(table)
-    report = done.reports[0]
+    report = list(sides.values())[1].reports[0]
     ns = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= len(report.expected)]
     print("expected reward of the best of n: " + ", ".join(f"{n}: {report.expected[n - 1]:.3f}" for n in ns))
-    print(f"KL to the base at most {report.kl_bound:.2f} nats; beats one fresh draw {report.win_rate:.0%} of the time")
-    fixed = sum(after and not before for before, after in zip(*truths, strict=True))
-    broken = sum(before and not after for before, after in zip(*truths, strict=True))
-    print(f"{fixed} prompts turned right, {broken} turned wrong. Intervals are 95 %. Look at {out / 'sheet.png'}")
+    for name, found in list(zip(sides, truths, strict=True))[1:]:
+        fixed = sum(after and not before for before, after in zip(truths[0], found, strict=True))
+        broken = sum(before and not after for before, after in zip(truths[0], found, strict=True))
+        print(f"{name}: {fixed} prompts turned right, {broken} turned wrong")
+    print(f"Intervals are 95 %, over {len(truths[0])} prompts only. Look at {out / 'sheet.png'}")

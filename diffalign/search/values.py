@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -70,7 +71,7 @@ class Completion:
     def finished(self, x: Tensor, prediction: Tensor, i: int, rows: Sequence[int]) -> Tensor:
         """Clean latents (K, ...) at the end of the deterministic walk."""
         chain, stops = self.judge.chain, self.stops(i)
-        for here, there in zip(stops[:-1], stops[1:], strict=True):
+        for here, there in pairwise(stops):
             if here != i:
                 prediction = chain.predict(x, here, rows)
             x = chain.jump(x, prediction, here, there)

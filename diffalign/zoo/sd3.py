@@ -210,7 +210,9 @@ def train(config: SD3Config, *, folder: Path, seed: int, resume: bool) -> Any:
     vae = train_autoencoder(config.autoencoder, folder=folder / "autoencoder", seed=seed, resume=resume)
     torch.manual_seed(seed)
     model = Denoiser(config)
-    drawn = cache(lambda draw, mix, bare: _data(config, vae, seed + draw, dict(mix), bare))  # lazily: a finished round draws none
+    drawn = cache(
+        lambda draw, mix, bare: _data(config, vae, seed + draw, dict(mix), bare)
+    )  # lazily: a finished round draws none
     for k, this in enumerate(config.rounds):
         title = f"generator, round {k + 1} of {len(config.rounds)}"
         loss = _round_loss(model, config, partial(drawn, this.draw, tuple(this.mix.items()), this.bare))

@@ -16,14 +16,15 @@ from tests.cli.conftest import SMALL
 def test_rows_sheet_and_card_are_written(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]):
     ask = ["demo", "-m", tiny, "--n", "3", "--prompts", "4", "-r", "brightness", "--json", "demo.json", *SMALL]
     assert main(ask) == 0
-    stock, best = json.loads((here / "demo.json").read_text())["rows"]
+    stock, best, tree, reno = json.loads((here / "demo.json").read_text())["rows"]
     assert set(stock) == {"method", "nfe", "decodes", "reward_calls", "seconds", "proxy", "truth"}
-    assert (stock["method"], best["method"]) == ("stock", "best of 3")
+    assert [row["method"] for row in (stock, best, tree, reno)] == ["stock", "best of 3", "tree", "ReNO"]
+    assert max(tree["nfe"], reno["nfe"]) <= best["nfe"]
     assert best["proxy"]["mean"] >= stock["proxy"]["mean"]
     assert (best["nfe"], best["decodes"], best["reward_calls"]) == (3 * stock["nfe"], 3, 3)
     assert stock["truth"]["lo"] <= stock["truth"]["mean"] <= stock["truth"]["hi"]
     assert Image.open(here / "out/demo/sheet.png").size[0] > 700
-    assert json.loads((here / "out/demo/card.json").read_text())["method"] == {"name": "best_of_n", "n": 3}
+    assert json.loads((here / "out/demo/card.json").read_text())["method"]["n"] == 3
     assert "sheet.png" in capsys.readouterr().out
 
 
@@ -47,5 +48,5 @@ def test_prompts_differ_and_cover_every_kind_of_task():
 def test_a_dry_run_counts_what_would_be_spent(tiny: str, here: Path):
     assert main(["demo", "-m", tiny, "--dry-run", "--json", "plan.json", *SMALL]) == 0
     plan = json.loads((here / "plan.json").read_text())
-    assert plan["cost"] == {"prompts": 8, "nfe_per_prompt": 64, "decodes": 128, "reward_calls": 128}
+    assert plan["cost"] == {"prompts": 8, "nfe_per_prompt": 64, "methods": ["stock", "best_of_n", "tree", "reno"]}
     assert not (here / "out").exists()
