@@ -75,7 +75,6 @@ def test_cards_hold_measured_numbers_with_their_command(name: str) -> None:
         assert found["n"] >= 80
 
 
-@pytest.mark.xfail(strict=True, reason="the generator is still below its band: its training goes on")
 def test_the_generator_is_imperfect_on_purpose() -> None:
     measured = zoo.card("shapes-sd3")["measured"]
     assert 0.35 <= measured["heldout"]["strict"] <= 0.70
