@@ -279,3 +279,33 @@ def test_a_driver_of_low_precision_keeps_latents_in_the_loops_own_dtype():
     assert {x.dtype for x in walk.latents} == {driver.start().dtype}
     assert walk.log_probs.dtype == torch.float32
     assert torch.equal(driver.replay(walk, ddim(0.5), grad=False), walk.log_probs)
+
+
+@pytest.mark.parametrize(
+    "name", ["sd15", "sdxl", "sd3", "flux", "sd_inpaint", "z_image", "qwen_image", "ltx_video", "wan21"]
+)
+def test_the_cost_of_every_level_is_known_before_anything_is_spent(name):
+    driver = driver_of(name)
+    costs = driver.costs
+    assert len(costs) == driver.length
+    assert driver.budget.nfe == 0
+    driver.rollout(output_type="latent")
+    assert driver.budget.nfe == sum(costs) * driver.batch
+
+
+def test_guidance_that_ends_early_makes_later_levels_cheaper():
+    driver = driver_of("sd3", skip_guidance_layers=[0], skip_layer_guidance_start=0.1, skip_layer_guidance_stop=0.6)
+    costs = driver.costs
+    assert len(set(costs)) > 1
+    for i in range(driver.length):
+        before = driver.budget.nfe
+        driver.predict(driver.start(), i)
+        assert driver.budget.nfe - before == costs[i]
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd15", "flux", "sd_inpaint"])
+def test_a_reseeded_driver_draws_what_a_driver_of_that_seed_draws(name):
+    pipe = build(name)
+    ours, theirs = driver_of(name, pipe).reseeded([11]), driver_of(name, pipe, seed=11)
+    assert torch.equal(ours.start(), theirs.start())
+    assert torch.equal(ours.rollout().media, theirs.rollout().media)

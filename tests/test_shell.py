@@ -309,6 +309,16 @@ def test_the_report_holds_parts_curve_and_theory():
     assert report["card"]["num_inference_steps"] == 4
 
 
+def test_the_win_rate_of_a_smaller_n_is_averaged_over_prompts():
+    from diffalign.search import best_of_n
+
+    shell = BestOfNPipeline.from_pipe(build("sd3"))
+    report = shell(**call("sd3", 2), generator=seeded(), reward=Brightness(), n=6).report
+    each = [best_of_n.win_rate(row, 3, 2) for row in report.scores.total]
+    assert report.win_rate_of(3, 2) == pytest.approx(sum(each) / 2)
+    assert report.win_rate_of(3, 2) == pytest.approx(3 / 5)
+
+
 def test_invalid_candidates_are_counted_and_never_chosen():
     def picky(media: torch.Tensor, cases: Any) -> torch.Tensor:
         score = media.flatten(1).mean(1)
