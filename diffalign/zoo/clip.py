@@ -1,8 +1,9 @@
 """`shapes-clip`: an open_clip model trained on rendered scenes and captions, a useful and imperfect judge.
 
 Learning Transferable Visual Models From Natural Language Supervision (Radford et al., 2021, arXiv 2103.00020).
-Where we differ: part of every batch are hard negatives, captions that differ from a true one in one colour, shape,
-count or relation; images pass through the autoencoder or get noise, since generated images are what it will judge.
+Where we differ: part of every batch are hard negatives, captions that differ from a true one in one thing; unlike the
+generator it sees every composition, as real judges know more than the models they judge; images pass through the
+autoencoder or get noise, since generated images are what it will judge.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from torch.nn.functional import cross_entropy, normalize
 from diffalign.cases import Case
 from diffalign.intervals import bootstrap
 from diffalign.world.compose import OPPOSITE
-from diffalign.world.grammar import Clauses, parse, say
+from diffalign.world.grammar import PLACES, SIZES, Clauses, parse, say
 from diffalign.world.rendering import render_many
 from diffalign.world.scenes import COLOURS, SHAPES
 from diffalign.zoo.accuracy import drawn, generate
 from diffalign.zoo.fit import FitConfig, fit
-from diffalign.zoo.sd3 import EVEN, captioned, tokenise
+from diffalign.zoo.sd3 import TRAITS, captioned, tokenise
 from diffalign.zoo.shelf import card, load, load_from
 from diffalign.zoo.words import LENGTH, tokenizer
 
@@ -43,14 +44,16 @@ class CLIPConfig:
     batch: int = 128
     noise: float = 0.06  # largest deviation of the pixel noise
     blur: float = 0.5  # share of the images that are blurred as an autoencoder would
-    hard: int = 1  # wrong captions per image
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1200, warmup=60, ema=0.995, weight_decay=0.05))
+    hard: int = 2  # wrong captions per image
+    fit: FitConfig = field(
+        default_factory=lambda: FitConfig(steps=1200, matrix_rate=1.5e-3, warmup=60, ema=0.995, weight_decay=0.05)
+    )
 
 
 DEFAULT = CLIPConfig()
 FACTS = {
     "class": "open_clip CustomTextCLIP",
-    "data": "16,384 rendered scenes with captions; wrong captions that differ in one colour, shape, count or relation",
+    "data": "16,384 rendered scenes of all compositions with captions; wrong captions that differ in one thing",
     "method": "contrastive pre-training with hard negative captions",
     "call": {},
 }
@@ -83,7 +86,7 @@ def make(config: CLIPConfig, *, work: Path, seed: int, resume: bool) -> Path:
 
     torch.manual_seed(seed)
     model = CustomTextCLIP(**{k: v for k, v in model_config(config).items() if k != "custom_text"})
-    captions, scenes = captioned(config.images, config.smallest, seed + 2, EVEN)
+    captions, scenes = captioned(config.images, config.smallest, seed + 2, TRAITS, 0.5, seen_only=False)
     images = torch.cat([render_many(scenes[i : i + 512]) for i in range(0, len(scenes), 512)])
     ids, clauses = tokenise(captions), [parse(caption) for caption in captions]
 
@@ -119,16 +122,25 @@ def worn(images: Tensor, config: CLIPConfig, generator: torch.Generator) -> Tens
 
 
 def spoil(clauses: Clauses, rng: random.Random) -> Clauses:
-    """The clauses with one thing changed: a colour, a shape, a count, or a relation turned round."""
+    """The clauses with one thing changed: a trait of an object, a relation turned round, or an object left out."""
     wants = list(clauses.wants)
     k = rng.randrange(len(wants))
     want = wants[k]
-    choice = rng.choice(["colour", "shape", "count", *(["relation"] * 2 if clauses.relations else [])])
+    known = [name for name in ("size", "place") if getattr(want, name)]
+    kinds = ["colour", "shape", "count", *known, *known]
+    kinds += ["relation"] * 2 if clauses.relations else ["fewer"] if len(wants) > 1 else []
+    choice = rng.choice(kinds)
+    if choice == "fewer":
+        return Clauses((*wants[:k], *wants[k + 1 :]))
     if choice == "relation":
         relations = (replace(clauses.relations[0], kind=OPPOSITE[clauses.relations[0].kind]), *clauses.relations[1:])
         return Clauses(clauses.wants, relations)
     if choice == "colour" and want.colour:
         wants[k] = replace(want, colour=rng.choice([c for c in COLOURS if c != want.colour]))
+    elif choice == "size":
+        wants[k] = replace(want, size=rng.choice([size for size in SIZES if size != want.size]))
+    elif choice == "place":
+        wants[k] = replace(want, place=rng.choice([place for place in PLACES if place != want.place]))
     elif choice == "count":
         wants[k] = replace(want, count=rng.choice([n for n in (1, 2, 3, 4) if n != want.count]))
     else:

@@ -1,7 +1,7 @@
 """Noise that carries a layout: where things are becomes a part of the Gaussian noise that a one-step model can read.
 
 A scene's free choices (positions, sizes, free colours, ground) are whitened and made normal within each form of prompt.
-They replace the noise's means over quadrants, so coded noise is standard normal and the way back is one function.
+They replace the noise along a few local directions, so coded noise is standard normal and the way back is one function.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ LEAST = 80  # scenes of one form below which whitening is not worth trusting
 
 
 def directions(side: int = 16) -> Tensor:
-    """Orthonormal directions (17, 4, side, side): object k reads the means of quadrant k, the ground a ripple."""
+    """Orthonormal directions (17, 4, side, side): object k's traits are the channels of one 2 x 2 patch in quadrant k.
+
+    A transformer embeds such a patch as one token, so each trait can be read from a single place.
+    """
     half = side // 2
     found = torch.zeros(SLOTS * TRAITS + 1, TRAITS, side, side)
     for k in range(SLOTS):
-        rows, columns = slice(half * (k // 2), half * (k // 2 + 1)), slice(half * (k % 2), half * (k % 2 + 1))
+        row, column = half * (k // 2) + half // 2, half * (k % 2) + half // 2
         for trait in range(TRAITS):
-            found[k * TRAITS + trait, trait, rows, columns] = 1 / half
-    stripes = torch.tensor([1.0, -1.0]).repeat_interleave(half // 2).repeat(2)
-    found[-1, -1] = stripes / side
+            found[k * TRAITS + trait, trait, row : row + 2, column : column + 2] = 0.5
+    found[-1, -1, half : half + 2, half : half + 2] = 0.5
     return found
 
 

@@ -151,9 +151,12 @@ def _text_encoder(width: int, layers: int) -> Any:
 
 
 def captioned(
-    count: int, smallest: float, seed: int, mix: Mapping[str, int], bare: float = 1.0
+    count: int, smallest: float, seed: int, mix: Mapping[str, int], bare: float = 1.0, *, seen_only: bool = True
 ) -> tuple[list[str], list[Scene]]:
-    """Captions without held-out compositions, and a scene for each; `bare` thins out those without size and place."""
+    """Captions, without held-out compositions if `seen_only`, and a scene for each.
+
+    `bare` thins out prompts for single objects and open pairs that name neither size nor place.
+    """
     rng = random.Random(seed)
     captions: list[str] = []
     scenes: list[Scene] = []
@@ -163,9 +166,9 @@ def captioned(
         if bare < 1 and kind in ("single", "colours", "two"):
             while not any(want.size or want.place for want in clauses.wants) and rng.random() >= bare:
                 clauses = sample_clauses(kind, rng)
-        if not held_out(clauses):
+        if not (seen_only and held_out(clauses)):
             captions.append(say(clauses))
-            scenes.append(sample_scene(clauses, rng, seen_only=True, smallest=smallest))
+            scenes.append(sample_scene(clauses, rng, seen_only=seen_only, smallest=smallest))
     return captions, scenes
 
 

@@ -33,7 +33,7 @@ class TurboConfig:
     empty_shares: tuple[float, ...] = (0.97, 0.03)
     teacher: SD3Config = field(default_factory=SD3Config)
     fit: FitConfig = field(
-        default_factory=lambda: FitConfig(steps=900, learning_rate=7e-4, matrix_rate=1.5e-3, warmup=50, ema=0.995)
+        default_factory=lambda: FitConfig(steps=2400, learning_rate=7e-4, matrix_rate=1.5e-3, warmup=50, ema=0.995)
     )
 
 
