@@ -13,9 +13,9 @@ from diffalign.errors import ConfigError, UnknownName
 from diffalign.restore import frozen
 from diffalign.searching import Improvement, Method, Options, SearchShell, Session
 
-ALIASES = {"random": ("search", {"method": "random"}), "zero_order": ("search", {"method": "zero_order"})} | {
-    name: ("search", {"method": name}) for name in ("paths", "stepwise", "beam", "decisive", "svdd")
-}
+KINDS = ("random", "zero_order", "paths", "stepwise", "beam", "decisive", "svdd")
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {name: ("search", {"method": name}) for name in KINDS}
+ALIASES["best_of_n"] = ALIASES["random"]  # through this door: the same budget, previews and Ctrl-C as the others
 
 
 def align(
@@ -39,13 +39,12 @@ def align(
     {"tree": {"width": 3}}. Ctrl-C gives back the best so far.
     """
     names = [name.strip() for name in method.split("+")]
-    if names == ["best_of_n"]:
-        shell: Any = registry.make_pipeline_class("best_of_n")
-        own = (settings or {}).get("best_of_n", {})
-        return shell.from_pipe(pipe)(prompt=prompt, reward=reward, budget=budget, top_k=top_k, **own, **call)
     parts = _shares(names, shares)
     methods = [(_method(name, settings or {}), part) for name, part in zip(names, parts, strict=True)]
-    shell = registry.make_pipeline_class(_home(names[0])[0])
+    shell: Any = registry.make_pipeline_class(_home(names[0])[0])
+    for name in settings or {}:
+        if name not in names:
+            raise ConfigError(f"settings are for '{name}', but the method is '{method}'.")
     options = Options(
         reward=reward,
         budget=budget,
@@ -60,7 +59,7 @@ def align(
 
 def _home(name: str) -> tuple[str, dict[str, Any]]:
     """The registered pipeline that runs a method, and what tells it which of its methods."""
-    return ALIASES.get("random" if name == "best_of_n" else name, (name, {}))
+    return ALIASES.get(name, (name, {}))
 
 
 def _method(name: str, settings: Mapping[str, Mapping[str, Any]]) -> Method:

@@ -89,7 +89,7 @@ class Driver(Loop):
         """Latents (B, ...) at level 0 for standard normal `noise` shaped like `start()`."""
         like = self.start()
         scheduler = self.native_scheduler()
-        if len(self.timesteps) < len(scheduler.timesteps):
+        if self.timesteps[0] != scheduler.timesteps[0]:
             raise SeamError(
                 f"{type(self.pipe).__name__} starts from an image, not from pure noise. Vary the cases' seeds instead."
             )
@@ -142,8 +142,9 @@ class Driver(Loop):
 
         def answer(i: int, prediction: Tensor, sample: Tensor) -> Tensor | None:
             walk.latents.append(sample)
+            self._charge_backward(prediction)
             if keep_predictions:
-                walk.predictions.append(self._charge_backward(prediction))
+                walk.predictions.append(prediction)
             if kernel is None or levels is None:
                 return None
             step = kernel(levels, sample, prediction, i)
@@ -153,9 +154,8 @@ class Driver(Loop):
             return following
 
         visit = range(start, start + len(walk.timesteps))
-        walk.media, last = self._loop(
-            x, visit, answer, grad=grad, output_type=output_type, callback=callback, quiet=quiet
-        )
+        shown = {"output_type": output_type, "callback": callback, "quiet": quiet}
+        walk.media, last = self._loop(x, visit, answer, grad=grad, native=kernel is None, **shown)
         walk.latents.append(last)
         walk.log_probs = torch.stack(log_probs) if log_probs else None
         self._charge_decode(output_type)

@@ -96,14 +96,25 @@ class Loop:
         return self._watch.denoiser
 
     def _loop(
-        self, x: Tensor | None, visit: Sequence[int], answer: Answer, *, grad: bool = False, **options: Any
+        self,
+        x: Tensor | None,
+        visit: Sequence[int],
+        answer: Answer,
+        *,
+        grad: bool = False,
+        native: bool = False,
+        **options: Any,
     ) -> tuple[Any, Tensor]:
-        """Visit loop indices with x at the first of them; give back the call's output and the last latents."""
+        """Visit loop indices with x at the first of them; give back the call's output and the last latents.
+
+        `native` steps may draw noise of their own: handed latents must not bring the start's draws back.
+        """
         for _ in range(3):  # a loop that hides its index or changes what it is handed is run again, the careful way
             run = self._plan(x, list(visit), answer)
             handed = x if run.unit_start else None
+            drawn = self._drawn_generators() if native and handed is not None and not visit[0] else None
             try:
-                out = self._run(run, latents=handed, grad=grad, **options)
+                out = self._run(run, latents=handed, grad=grad, generators=drawn, **options)
             except IndexUnseen:
                 self._hides_index = True
                 continue

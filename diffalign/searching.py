@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 T = TypeVar("T")
+NOT_OURS = ("num_images_per_prompt", "num_videos_per_prompt", "generator", "latents")
 STOCK_ONLY = ("callback_on_step_end", "callback")  # a search takes many walks, so there are no steps to show
 
 
@@ -119,14 +120,14 @@ class Session:
         for name in STOCK_ONLY:
             if given.get(name) is not None:
                 raise ConfigError(f"{name} follows one walk, but a search takes many. Use on_improve= to see its best.")
-        each = int(given.get("num_images_per_prompt") or 1)
+        each = int(given.get("num_images_per_prompt") or given.get("num_videos_per_prompt") or 1)
         prompts = len(self.request.cases)
         self.request.settle(prompts * each)
         self.top_k = options.top_k if options.top_k is not None else each
         if self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}, but a search gives back at least 1 image per prompt.")
         self.budget = Budget(limits_of(options.budget), prompts=prompts)
-        self._call = {k: v for k, v in given.items() if k not in ("num_images_per_prompt", "generator", "latents")}
+        self._call = {k: v for k, v in given.items() if k not in NOT_OURS}
         self.chain = PipelineChain(
             pipe,
             self.request.cases,
@@ -135,7 +136,7 @@ class Session:
             kernel=options.kernel,
             noise_level=options.noise_level,
             most=options.rows_at_once,
-            latents=given.get("latents"),
+            latents=_own_latents(given.get("latents"), prompts, each),
         )
         self.judge = ScoringJudge(self, self.chain, top_k=max(self.top_k, options.keep), on_improve=self._improved)
         self.tree: Tree | None = None  # of a tree search, to be grown on
@@ -167,11 +168,18 @@ class Session:
 
     def _run_all(self, methods: Sequence[tuple[Method, float]]) -> None:
         whole, noise, share = self.budget.limits, None, 0.0
-        for method, part in methods:
+        for k, (method, part) in enumerate(methods):
             share += part
-            self.budget.limits = _scaled(whole, min(share, 1.0))
+            if noise is not None and not getattr(method, "starts_from", True):
+                self.notes.append(f"method {k + 1} of {len(methods)} draws its own starts, not the noise found before")
+            self.budget.limits = _scaled(whole, share) if k + 1 < len(methods) else whole
             try:
                 found = method(self, noise)
+            except BudgetError as e:
+                if not k or not all(self.judge.best):
+                    raise
+                self.notes.append(f"method {k + 1} of {len(methods)} had too little left: {e}")
+                continue
             finally:
                 self.budget.limits = whole
             noise = found.noise if found.noise is not None else noise
@@ -236,11 +244,11 @@ class Session:
                     f"reward '{self.reward.name}' is NaN for all {len(row)} candidates of '{case.prompt[:80]}', so "
                     "there is nothing to choose from. Check that the images are sound and the reward can read them."
                 )
-            if len(kept) < self.top_k:
-                raise BudgetError(
-                    f"top_k is {self.top_k}, but the search ended with {len(kept)} scored images of "
-                    f"'{case.prompt[:80]}'. Raise the budget or lower top_k."
-                )
+        fewest = min(map(len, self.judge.best))
+        if fewest < self.top_k:
+            self.notes.append(f"top_k is {self.top_k}, but a prompt has only {fewest} scored images: these came back")
+            warnings.warn(f"{self.notes[-1]}. Raise the budget or lower top_k.", stacklevel=5)
+            self.top_k = fewest
         winners: list[Leaf] = [leaf for kept in self.judge.best for leaf in kept[: self.top_k]]
         rows = [leaf.row for leaf in winners]
         x = torch.stack([leaf.x for leaf in winners if leaf.x is not None]).to(self.chain.driver.start())
@@ -333,6 +341,13 @@ def limits_of(budget: Limits | int | float | str | None) -> Limits:
         except ValueError:
             raise ConfigError(f"budget '{budget}' is neither a number of NFE (400) nor seconds ('20s').") from None
     return Limits(nfe=budget) if isinstance(budget, int) else Limits(seconds=budget)
+
+
+def _own_latents(latents: Tensor | None, prompts: int, each: int) -> Tensor | None:
+    """The start noise of each prompt's first image."""
+    if latents is not None and len(latents) != prompts * each:
+        raise ConfigError(f"latents has {len(latents)} rows, but the call makes {prompts * each} images.")
+    return None if latents is None else latents[::each]
 
 
 def _scaled(limits: Limits, share: float) -> Limits:

@@ -127,9 +127,12 @@ class PipelineChain:
         media.require_finite(decoded, type(self.driver.pipe).__name__)
         return decoded
 
-    def generate(self, noise: Tensor, rows: Sequence[int], *, grad: bool = False) -> tuple[Tensor, Tensor]:
+    def generate(
+        self, noise: Tensor, rows: Sequence[int], *, seeds: Sequence[int] | None = None, grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
         def run(part: slice) -> tuple[Tensor, Tensor]:
             driver, x = self._at(rows[part]), self.driver.from_noise(noise[part])
+            driver = driver if seeds is None else driver.reseeded(seeds[part])
             walk = driver.rollout(x=x, grad=grad, quiet=True)
             return walk.latents[-1], media.to_tensor(walk.media)
 
@@ -151,12 +154,14 @@ class PipelineChain:
         at = 0
         while at < len(rows):
             size = min(self.most or len(rows), len(rows) - at)
+            spent = self.budget.nfe, self.budget.decodes
             try:
                 parts.append(run(slice(at, at + size)))
                 at += size
             except (RuntimeError, MemoryError) as e:
                 if size == 1 or not _out_of_memory(e):
                     raise
+                self.budget.nfe, self.budget.decodes = spent  # nothing came of it
                 self.most = math.ceil(size / 2)
                 warnings.warn(
                     f"{size} rows do not fit the memory; going on with {self.most} at a time. The result is the same.",

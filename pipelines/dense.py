@@ -33,6 +33,7 @@ class DensePipeline(SearchShell):
         reward: Any = None,
         dense: DenseConfig | Mapping[str, Any] | None = None,
         budget: Limits | int | float | str | None = None,
+        top_k: int | None = None,
         on_improve: Callable[[Improvement], None] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -40,7 +41,7 @@ class DensePipeline(SearchShell):
 
         `diffalign.bench.curves.draw_steps(report, "steps.png")` draws them.
         """
-        asked = {"reward": reward, "budget": budget, "top_k": None, "on_improve": on_improve}
+        asked = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
         return self.search(args, kwargs, [(self.method(dense), 1.0)], **asked)
 
     @classmethod
@@ -51,4 +52,5 @@ class DensePipeline(SearchShell):
             found = core.dense(session.chain, session.judge, config)
             return Found(None, {"dense": {"levels": found.levels, "rewards": found.rewards, "gains": found.gains}})
 
+        run.__dict__["starts_from"] = False
         return run

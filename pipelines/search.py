@@ -104,4 +104,5 @@ class SearchPipeline(SearchShell):
             found = kind.run(session.chain, session.judge, config, **extra)
             return Found(getattr(found, "noise", None), {"search": {"method": name}})
 
+        run.__dict__["starts_from"] = name == "zero_order"
         return run

@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffalign import scoring
 from diffalign.budget import Limits
+from diffalign.noise import forked
 from diffalign.registry import register_pipeline
 from diffalign.search import smc as core
-from diffalign.search.smc import SMCConfig
+from diffalign.search.smc import SMCConfig, SMCResult
 from diffalign.searching import Found, Improvement, Method, SearchShell, Session, settings, value_of
 
 
@@ -54,9 +56,23 @@ class SMCPipeline(SearchShell):
         def run(session: Session, noise: Tensor | None) -> Found:
             if config.proposal == "gradient":
                 scoring.require_gradient(session.reward, "the gradient proposal of smc")
-            chosen = value_of(value, session.judge, config.strength)
+            chosen = None if value is None else value_of(value, session.judge, config.strength)
             found = core.run(session.chain, session.judge, config, value=chosen, noise=noise)
             names = ("log_z", "strength", "ancestors", "levels", "ess", "resampled", "invalid", "stalled")
-            return Found(None, {"smc": {name: getattr(found, name) for name in names}})
+            return Found(_noise_of_best(session, found, noise), {"smc": {name: getattr(found, name) for name in names}})
 
         return run
+
+
+def _noise_of_best(session: Session, found: SMCResult, given: Tensor | None) -> Tensor | None:
+    """The start noise (B, ...) behind each case's best particle; None where a move drew that start anew."""
+    chain = session.chain
+    best = found.rewards.nan_to_num(nan=-torch.inf).argmax(1)
+    numbers = found.starts.gather(1, best[:, None])[:, 0].tolist()
+    if min(numbers) < 0:
+        return None
+    rows = list(range(len(chain.seeds)))
+    noise = chain.unscaled(chain.first(forked(chain.seeds, rows, numbers), rows))
+    if noise is not None and given is not None:  # particle 0 started there
+        noise = torch.stack([given[row].to(noise) if numbers[row] == 0 else noise[row] for row in rows])
+    return noise

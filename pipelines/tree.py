@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffalign.budget import Limits
+from diffalign.errors import ConfigError
 from diffalign.registry import register_pipeline
 from diffalign.search import tree as core
 from diffalign.search.tree import Tree, TreeConfig
@@ -55,6 +56,11 @@ class TreePipeline(SearchShell):
             seeds = None if noise is None else noise[:, None]
             if before is None:
                 before, seeds = Tree(session.chain.seeds, session.chain.length, seeds), None
+            if len(before.cases) != len(session.chain.seeds):
+                raise ConfigError(
+                    f"the tree was grown for {len(before.cases)} prompts, but this call has {len(session.chain.seeds)}."
+                    " Repeat the call that began it."
+                )
             session.tree = before
             _show_best(session, before)
             core.grow(session.chain, session.judge, config, before, noise=seeds)

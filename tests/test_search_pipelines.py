@@ -310,6 +310,67 @@ def test_one_door_opens_every_method_and_their_combinations(method: str):
     assert 0 < out.report.budget["nfe"] <= budget
 
 
+def test_noise_optimisation_counts_its_backward_passes():
+    each = plain_nfe(build("sd3"), call("sd3", 1))
+    report = run("reno", "sd3", reno={"iterations": 3}, budget=None).report
+    assert report.budget["nfe"] == (3 + 2 * 2) * each
+
+
+@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler"])
+def test_the_first_candidate_of_a_noisy_sampler_is_the_stock_image(scheduler: str):
+    import diffusers
+
+    pipe = build("sd15")
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    stock = pipe(**call("sd15", 1), generator=seeded(), output_type="pt").images
+    ask = {**call("sd15", 1), "generator": seeded(), "output_type": "pt", "reward": Brightness(), "top_k": 3}
+    out = SearchPipeline.from_pipe(pipe)(**ask, search={"method": "random", "neighbours": 3, "rounds": 1})
+    place = out.report.best[0].tolist().index(0)
+    assert torch.allclose(stock[0], out.images[place], atol=1e-5)
+
+
+def test_a_failed_decode_costs_nothing(monkeypatch: pytest.MonkeyPatch):
+    from diffalign.drive import Driver
+
+    real = Driver.rollout
+
+    def short(self: Driver, *args: Any, **kwargs: Any) -> Any:
+        walk = real(self, *args, **kwargs)
+        if self.batch > 2:
+            raise torch.OutOfMemoryError("out of memory, on purpose")
+        return walk
+
+    whole = run("random", "sd3", times=8).report
+    monkeypatch.setattr(Driver, "rollout", short)
+    with pytest.warns(UserWarning, match="do not fit the memory"):
+        halved = run("random", "sd3", times=8).report
+    assert whole.counts == halved.counts
+    assert whole.budget["nfe"] == halved.budget["nfe"]
+
+
+def test_fewer_images_than_asked_for_come_back_with_a_word():
+    with pytest.warns(UserWarning, match="top_k is 3"):
+        out = run("svdd", "sd3", top_k=3, output_type="pt")
+    assert len(out.images) == 1
+
+
+def test_a_tree_of_other_prompts_is_refused():
+    pipe = build("sd3")
+    grown = run("tree", "sd3", budget=4 * plain_nfe(pipe, call("sd3", 1)), batch=2).report.tree
+    with pytest.raises(ConfigError, match="2 prompts"):
+        run("tree", "sd3", grown=grown)
+
+
+def test_a_second_method_without_budget_leaves_the_first_ones_images():
+    pipe = build("sd3")
+    asked = {k: v for k, v in call("sd3", 1).items() if k != "prompt"}
+    settings = {"smc": {"particles": 8}}
+    budget = 10 * plain_nfe(pipe, call("sd3", 1))
+    told: Any = {"reward": Brightness(), "budget": budget, "settings": settings, "generator": seeded()}
+    out = align(pipe, "a cube", method="tree+smc", **told, **asked)
+    assert "too little left" in out.report.notes[0]
+
+
 def test_one_door_knows_best_of_n_and_refuses_the_unknown():
     pipe = build("sd3")
     asked = {k: v for k, v in call("sd3", 1).items() if k != "prompt"}

@@ -70,6 +70,11 @@ class Chain(Protocol):
         """Media (K, 3, H, W) or (K, F, 3, H, W) in [0, 1] for clean latents (K, ...); charges a decode a row."""
         ...
 
-    def generate(self, noise: Tensor, rows: Sequence[int], *, grad: bool = False) -> tuple[Tensor, Tensor]:
-        """The plain sampler from `noise` (K, ...) to (final latents, media); with `grad` differentiable in `noise`."""
+    def generate(
+        self, noise: Tensor, rows: Sequence[int], *, seeds: Sequence[int] | None = None, grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The plain sampler from `noise` (K, ...) to (final latents, media); with `grad` differentiable in `noise`.
+
+        Where the plain sampler draws on its way, row k does so from seeds[k], by default from its case's seed.
+        """
         ...

@@ -96,7 +96,7 @@ def random_search(chain: Chain, judge: Judge, config: LocalConfig = LocalConfig(
         rows = [row for row in range(cases) for _ in range(n)]
         seeds = forked(chain.seeds, rows, list(range(drawn, drawn + n)) * cases)
         noise = chain.noise(seeds, rows)
-        x, media = chain.generate(noise, rows)
+        x, media = chain.generate(noise, rows, seeds=seeds)
         best.take(noise.view(cases, n, *noise.shape[1:]), judge.seen(x, media, rows, seeds).view(cases, n))
         best.path.append(best.reward)
         drawn, done = drawn + n, done + 1

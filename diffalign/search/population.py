@@ -140,7 +140,7 @@ class Population:
             pull = pull[self.case].view(-1, *[1] * (noise.ndim - 1)).to(noise)
             shift = step.std * pull * cloud.gradient
             noise = noise + shift
-            self.log_w = self.log_w + log_ratio(noise, shift).double().cpu().view(self.cases, self.count)
+            self.log_w = self.log_w + log_ratio(noise, shift).cpu().double().view(self.cases, self.count)
         if self.recording and noise is not None:
             cloud.noises[i] = noise.cpu()
         cloud.x = step.sample(noise, dtype=cloud.x.dtype)

@@ -101,6 +101,7 @@ class SMCResult:
     log_weights: Tensor  # (B, K) float64, normalised
     log_z: Tensor  # (B,) float64, estimate of log E exp(strength r); NaN where no weight could be told at the end
     strength: Tensor  # (B,) in nats per unit of reward
+    starts: Tensor  # (B, K) number of the start behind each particle, negative where a move drew one anew
     ancestors: Tensor  # (B,) distinct starts behind the particles, before the closing moves
     levels: tuple[int, ...]  # where unfinished particles were scored
     ess: Tensor  # (S + 1, B) effective size at each scoring, and at the end
@@ -151,6 +152,7 @@ def run(
         log_weights=population.log_w.log_softmax(1),
         log_z=population.log_z,
         strength=population.strength,
+        starts=population.cloud.ancestor.view(cases, count).clone(),
         ancestors=torch.tensor(ancestors),
         levels=tuple(levels),
         ess=torch.stack(population.ess),

@@ -80,7 +80,9 @@ class ToyChain:
         self.budget.charge(decodes=len(x))
         return x if grad else x.detach()
 
-    def generate(self, noise: Tensor, rows: Sequence[int], *, grad: bool = False) -> tuple[Tensor, Tensor]:
+    def generate(
+        self, noise: Tensor, rows: Sequence[int], *, seeds: Sequence[int] | None = None, grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
         x = self.start(noise, rows)
         for i in range(self.length):
             x = self.jump(x, self.predict(x, i, rows, grad=grad), i, i + 1)
