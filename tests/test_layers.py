@@ -35,7 +35,7 @@ ONLY = {  # narrower than their layer
     "world": {"world", "cases", "errors"},
     "rewards": {"scoring", "cases", "registry", "errors", "vision", "clip_tower", "judges", "transport", "world"},
     "pipelines": {"shell", "drive", "search", "scoring", "budget", "config", "errors"}
-    | {"cases", "media", "registry", "report", "request", "searching"},
+    | {"cases", "media", "noise", "registry", "report", "request", "searching"},
 }
 TENSORS_ONLY = {"diffusers", "transformers", "accelerate", "pathlib", "os", "io", "PIL"}
 

@@ -75,7 +75,9 @@ def search_decisive(
     """
     cases, parts = len(chain.seeds), min(config.levels, chain.length)
     judge.require(nfe=cases * sum(chain.costs), scored=cases, what="one walk")
-    bounds = tuple(round(chain.length * k / parts) for k in range(parts))
+    starts = [round(chain.length * k / parts) for k in range(parts)]
+    bounds = tuple(i for i in starts if i == 0 or i + 1 < chain.length)  # a last step alone decides nothing, at no NFE
+    parts = len(bounds)
     if shares is not None and shares.shape != (parts,):
         raise ConfigError(f"shares has shape {tuple(shares.shape)}, but the walk has {parts} segments.")
     grower = _Grower(chain, judge, config, value or CleanPrediction(judge), bounds)
