@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -99,18 +99,23 @@ def sample_scene(clauses: Clauses, rng: random.Random, *, seen_only: bool = Fals
         owners = [k for k, want in enumerate(clauses.wants) for _ in range(want.count)]
         for _ in range(200):
             shapes = _place_all(looks, [clauses.wants[k] for k in owners], rng)
-            if shapes and _fulfils(shapes, owners, clauses):
+            if shapes and fulfils(shapes, owners, clauses):
                 return Scene(tuple(shapes), rng.choice(GROUNDS))
 
 
 def _look(want: Want, rng: random.Random, total: int, seen_only: bool, smallest: float) -> tuple[str, str, float]:
     """Shape, colour and radius of one object."""
     free = [c for c in COLOURS if not (seen_only and (c, want.shape) in HELD_OUT_PAIRS)]
+    return want.shape, want.colour or rng.choice(free), rng.uniform(*radii(want, total, smallest))
+
+
+def radii(want: Want, total: int, smallest: float) -> tuple[float, float]:
+    """Least and greatest radius of an object among `total`."""
     low, high = RADII[total]
     if want.size:
         low, high = SIZE_RADII[want.size]
         high = max(min(high, RADII[total][1]), low + 0.5)
-    return want.shape, want.colour or rng.choice(free), rng.uniform(max(low, smallest), high)
+    return max(low, smallest), high
 
 
 def _place_all(looks: list[tuple[str, str, float]], wants: list[Want], rng: random.Random) -> list[Shape]:
@@ -119,8 +124,8 @@ def _place_all(looks: list[tuple[str, str, float]], wants: list[Want], rng: rand
     for (kind, colour, radius), want in zip(looks, wants, strict=True):
         w, h = half_extent(kind, radius)
         for _ in range(8):
-            x = rng.uniform(*_range(w, want.place == "left", want.place == "right"))
-            y = rng.uniform(*_range(h, want.place == "top", want.place == "bottom"))
+            x = rng.uniform(*room(w, want.place == "left", want.place == "right"))
+            y = rng.uniform(*room(h, want.place == "top", want.place == "bottom"))
             shape = Shape(kind, colour, x, y, radius)
             if all(apart(shape, other, GAP) for other in shapes):
                 shapes.append(shape)
@@ -130,18 +135,27 @@ def _place_all(looks: list[tuple[str, str, float]], wants: list[Want], rng: rand
     return shapes
 
 
-def _range(half: float, low: bool, high: bool) -> tuple[float, float]:
+def room(half: float, low: bool, high: bool) -> tuple[float, float]:
+    """Where the centre of something `half` as wide may lie, all along an axis or at its low or high end."""
     start, end = half + MARGIN, CANVAS - half - MARGIN
     return (max(start, 0.63 * CANVAS) if high else start), (min(end, 0.37 * CANVAS) if low else end)
 
 
-def _fulfils(shapes: list[Shape], owners: list[int], clauses: Clauses) -> bool:
-    for relation in clauses.relations:
-        for a in (s for s, k in zip(shapes, owners, strict=True) if k == relation.a):
-            for b in (s for s, k in zip(shapes, owners, strict=True) if k == relation.b):
-                forward, sideways = abs(a.x - b.x), abs(a.y - b.y)
-                if relation.kind in ("above", "below"):
-                    forward, sideways = sideways, forward
-                if sideways > CONE * forward or relation.kind not in relations_between(a, b):
-                    return False
-    return True
+def fulfils(shapes: Sequence[Shape], owners: Sequence[int], clauses: Clauses) -> bool:
+    """Whether shapes keep apart and stand in the relations asked for; `owners` says which want each is of."""
+    if not all(apart(a, b, GAP) for a, b in combinations(shapes, 2)):
+        return False
+    return all(
+        _related(a, relation.kind, b)
+        for relation in clauses.relations
+        for a in (s for s, k in zip(shapes, owners, strict=True) if k == relation.a)
+        for b in (s for s, k in zip(shapes, owners, strict=True) if k == relation.b)
+    )
+
+
+def _related(a: Shape, kind: str, b: Shape) -> bool:
+    """Whether a relation holds, with the sideways offset inside the cone."""
+    forward, sideways = abs(a.x - b.x), abs(a.y - b.y)
+    if kind in ("above", "below"):
+        forward, sideways = sideways, forward
+    return sideways <= CONE * forward and kind in relations_between(a, b)

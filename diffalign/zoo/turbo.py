@@ -1,8 +1,8 @@
 """`shapes-turbo`: the one-step student of `shapes-sd3`.
 
 The student starts from the teacher's weights and learns, at the noisiest time only, to predict a whole scene at once.
-Its noise carries the layout (see coding.py), so that the target is a function of noise and caption; with independent
-noise the best one-step answer would be a blur over all layouts.
+The layout of the scene is a function of noise and caption (see coding.py); with scenes independent of the noise the best
+one-step answer would be a blur over all layouts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffalign.world.grammar import parse
 from diffalign.zoo import sd3
-from diffalign.zoo.coding import codes_of, encode_layout
+from diffalign.zoo.coding import CODES, encode_layout, scene_of
 from diffalign.zoo.fit import FitConfig, fit
 from diffalign.zoo.sd3 import EVEN, Denoiser, SD3Config, assemble, captioned, release, standard_latents, tokenise
 from diffalign.zoo.shelf import load
@@ -40,7 +40,8 @@ class TurboConfig:
 DEFAULT = TurboConfig()
 CALL = sd3.CALL | {"num_inference_steps": 1, "guidance_scale": 1.0}
 FACTS = sd3.FACTS | {
-    "method": "one-step student from the teacher's weights, trained on pairs of layout-carrying noise and scene",
+    "method": "one-step student: the teacher's weights, trained on at the noisiest time to draw the scene that noise and "
+    "prompt mean together (diffalign/zoo/coding.py); no samples of the teacher are used",
     "call": CALL,
 }
 
@@ -51,16 +52,13 @@ def make(config: TurboConfig, *, work: Path, seed: int, resume: bool) -> Path:
     model = Denoiser(config.teacher)
     for name in ("transformer", "text_encoder", "text_encoder_2"):
         getattr(model, name).load_state_dict(getattr(teacher, name).state_dict())
-    captions, scenes = captioned(config.images, config.smallest, seed + 3, EVEN)
-    clauses = [asked for asked in map(parse, captions) if asked]
-    codes = codes_of(scenes, clauses, torch.Generator().manual_seed(seed))
-    coded = (~codes.isnan()).any(1).nonzero()[:, 0]  # rows whose form is common enough
-    latents, ids, codes = (
-        standard_latents(teacher.vae, [scenes[int(i)] for i in coded]),
-        tokenise(captions),
-        codes[coded],
-    )
-    ids = ids[coded]
+    captions, _ = captioned(config.images, config.smallest, seed + 3, EVEN)
+    codes = torch.randn(len(captions), CODES, generator=torch.Generator().manual_seed(seed))
+    asked = [clauses for clauses in map(parse, captions) if clauses]
+    scenes = [
+        scene_of(clauses, row, smallest=config.smallest) for clauses, row in zip(asked, codes.tolist(), strict=True)
+    ]
+    latents, ids = standard_latents(teacher.vae, scenes), tokenise(captions)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         pick = torch.randint(len(latents), (config.batch,), generator=generator)

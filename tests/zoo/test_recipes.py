@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diffalign import world, zoo
 from diffalign.errors import UnknownName
+from diffalign.world.compose import HELD_OUT_PAIRS
 from diffalign.world.grammar import TAGS, Clauses
+from diffalign.world.see import Sight
+from diffalign.world.verifier import judge
 from diffalign.zoo.autoencoder import AutoencoderConfig
-from diffalign.zoo.coding import codes_of, directions, encode_layout
+from diffalign.zoo.coding import CODES, codes_in, directions, encode_layout, scene_of, usual_places
 from diffalign.zoo.fit import FitConfig, fit
 from diffalign.zoo.sd3 import EVEN, Round, SD3Config, captioned, tokenise
 from diffalign.zoo.words import LENGTH, known, tokenizer
@@ -111,20 +116,42 @@ def test_every_word_of_the_grammar_is_one_token_and_every_prompt_fits() -> None:
 
 def test_coded_noise_stays_standard_normal_and_carries_its_code() -> None:
     generator = torch.Generator().manual_seed(0)
-    noise, codes = torch.randn(64, 4, 16, 16, generator=generator), torch.randn(64, 17, generator=generator)
+    noise, codes = torch.randn(64, 4, 16, 16, generator=generator), torch.randn(64, CODES, generator=generator)
     coded = encode_layout(noise, codes)
-    assert torch.allclose(torch.einsum("bchw,kchw->bk", coded, directions()), codes, atol=1e-4)
+    assert torch.allclose(codes_in(coded), codes, atol=1e-4)
+    assert torch.allclose(
+        coded - encode_layout(noise, torch.zeros_like(codes)), encode_layout(0 * noise, codes), atol=1e-5
+    )
     assert coded.std() == pytest.approx(1, abs=0.02)
     basis = directions().flatten(1)
-    assert torch.allclose(basis @ basis.T, torch.eye(17), atol=1e-5)
+    assert torch.allclose(basis @ basis.T, torch.eye(CODES), atol=1e-5)
 
 
-def test_layout_codes_are_standard_normal_within_a_form_of_prompt() -> None:
-    rng, asked = random.Random(0), world.parse("a red circle left of a blue square")
+@settings(max_examples=60, deadline=None)
+@given(kind=st.sampled_from((*TAGS, "hard")), seed=st.integers(0, 10**6))
+def test_every_noise_means_a_scene_that_fulfils_its_prompt(kind: str, seed: int) -> None:
+    clauses = world.sample_clauses(kind, random.Random(seed))
+    codes = 3 * torch.randn(CODES, generator=torch.Generator().manual_seed(seed))
+    scene = scene_of(clauses, codes.tolist())
+    assert judge(Sight(scene.shapes), clauses).strict
+    wants = [want for want in clauses.wants for _ in range(want.count)]
+    free = [shape for shape, want in zip(scene.shapes, wants, strict=True) if not want.colour]
+    assert not any((shape.colour, shape.kind) in HELD_OUT_PAIRS for shape in free)
+
+
+def test_codes_move_grow_and_colour_what_the_prompt_leaves_open() -> None:
+    asked = world.parse("a circle")
     assert asked
-    scenes = [world.sample_scene(asked, rng) for _ in range(300)]
-    codes = codes_of(scenes, [asked] * 300, torch.Generator().manual_seed(0))
-    used = codes[:, ~codes[0].isnan()]
-    assert used.shape[1] == 7  # two places, two sizes, the ground
-    assert torch.allclose(used.mean(0), torch.zeros(7), atol=0.01)
-    assert torch.allclose(used.T @ used / 300, torch.eye(7), atol=0.15)
+    usual = scene_of(asked, [0.0] * CODES).shapes[0]
+    assert (usual.x, usual.y) == usual_places(asked)[0]
+    moved, grown = (
+        scene_of(asked, [1.0, *[0.0] * 16]).shapes[0],
+        scene_of(asked, [0.0, 0.0, 1.0, *[0.0] * 14]).shapes[0],
+    )
+    assert moved.x > usual.x
+    assert moved.y == usual.y
+    assert moved.radius == usual.radius
+    assert grown.radius > usual.radius
+    assert grown.x == usual.x
+    assert len({scene_of(asked, [0.0] * 3 + [hue] + [0.0] * 13).shapes[0].colour for hue in (-2.0, 0.0, 2.0)}) == 3
+    assert len({scene_of(asked, [0.0] * 16 + [ground]).ground for ground in (-2.0, 0.0, 2.0)}) == 3
