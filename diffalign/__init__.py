@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffalign.registry import register_pipeline, register_reward
     from diffalign.report import Report
     from diffalign.scoring import Reward, Score, make_reward, score
-    from diffalign.searching import read_tree, save_tree
+    from diffalign.trees import read_tree, save_tree
 
 __version__ = "0.1.0"
 
@@ -31,8 +31,8 @@ _HOMES = {
     "errors": ("DiffalignError",),
     "registry": ("register_pipeline", "register_reward"),
     "report": ("Report",),
-    "searching": ("save_tree", "read_tree"),
     "scoring": ("Reward", "Score", "make_reward", "score"),
+    "trees": ("read_tree", "save_tree"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import torch
 
 from diffalign import registry
 from diffalign.budget import Limits
 from diffalign.errors import ConfigError, UnknownName
-from diffalign.restore import frozen
-from diffalign.searching import Improvement, Method, Options, SearchShell, Session
+from diffalign.search_shell import SearchShell
+from diffalign.searching import Improvement, Method
 
 KINDS = ("random", "zero_order", "paths", "stepwise", "beam", "decisive", "svdd")
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {name: ("search", {"method": name}) for name in KINDS}
 ALIASES["best_of_n"] = ALIASES["random"]  # through this door: the same budget, previews and Ctrl-C as the others
+OWN = ("value", "veto", "grown", "finish", "checkpointing")  # what single methods take beside their config
 
 
 def align(
@@ -36,25 +36,23 @@ def align(
     `budget` is NFE per prompt (400), seconds per prompt ("20s" or 20.0) or `Limits`. A method may be several in turn,
     such as "smc+reno" or "tree+random": each starts from the noise that the one before found best, all share one budget
     by `shares` (equal by default), and the best image of all comes back. `settings` holds each method's own config:
-    {"tree": {"width": 3}}. Ctrl-C gives back the best so far.
+    {"tree": {"width": 3}}. What only some methods know goes to those: `value` and `veto` (see SearchPipeline), `grown`
+    (TreePipeline), `finish` and `checkpointing` (ReNOPipeline). Ctrl-C gives back the best so far.
     """
+    if reward is None:
+        raise ConfigError("reward is None, but alignment needs one: a name from `diffalign ls rewards`, or an object.")
     names = [name.strip() for name in method.split("+")]
     parts = _shares(names, shares)
-    methods = [(_method(name, settings or {}), part) for name, part in zip(names, parts, strict=True)]
-    shell: Any = registry.make_pipeline_class(_home(names[0])[0])
     for name in settings or {}:
         if name not in names:
             raise ConfigError(f"settings are for '{name}', but the method is '{method}'.")
-    options = Options(
-        reward=reward,
-        budget=budget,
-        top_k=top_k,
-        on_improve=on_improve,
-        **{name: call.pop(name) for name in SearchShell.ADVANCED if name in call},
-    )
-    session = Session(shell.from_pipe(pipe), (), {"prompt": prompt, **call}, options)
-    with torch.no_grad(), frozen(session.chain.driver.modules.values()):
-        return session.run(method, methods)
+    own = {name: call.pop(name) for name in OWN if call.get(name) is not None}
+    methods = [(_method(name, settings or {}, own), part) for name, part in zip(names, parts, strict=True)]
+    if unused := [name for name in own if not any(name in _knows(each) for each in names)]:
+        raise ConfigError(f"{unused[0]}= is given, but {method} does not know it. Leave it out.")
+    options = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
+    searcher: SearchShell = _shell(names[0]).from_pipe(pipe)
+    return searcher.search_in_turn((), {"prompt": prompt, **call}, method, methods, **options)
 
 
 def _home(name: str) -> tuple[str, dict[str, Any]]:
@@ -62,13 +60,22 @@ def _home(name: str) -> tuple[str, dict[str, Any]]:
     return ALIASES.get(name, (name, {}))
 
 
-def _method(name: str, settings: Mapping[str, Mapping[str, Any]]) -> Method:
-    home, told = _home(name)
-    shell: Any = registry.make_pipeline_class(home)
+def _shell(name: str) -> Any:
+    shell: Any = registry.make_pipeline_class(_home(name)[0])
     if not issubclass(shell, SearchShell):
         known = [info.name for info in registry.pipelines()]
         raise UnknownName.among("search method", name, [*known, *ALIASES], "diffalign ls pipelines")
-    built: Method = shell.method({**told, **settings.get(name, {})})
+    return shell
+
+
+def _knows(name: str) -> list[str]:
+    """What the method takes beside its config."""
+    return [each for each in inspect.signature(_shell(name).method).parameters if each in OWN]
+
+
+def _method(name: str, settings: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]) -> Method:
+    chosen = {**_home(name)[1], **settings.get(name, {})}
+    built: Method = _shell(name).method(chosen, **{each: own[each] for each in _knows(name) if each in own})
     return built
 
 

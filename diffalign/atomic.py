@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    return _replace(Path(path), lambda file: file.write(content))
+
+
 def write_text(path: str | Path, text: str) -> Path:
-    return _replace(Path(path), lambda file: file.write(text.encode()))
+    return write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, value: Any) -> Path:

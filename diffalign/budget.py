@@ -5,7 +5,7 @@ limited.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from diffalign.errors import BudgetError, ConfigError
 
@@ -28,6 +28,27 @@ class Limits:
                 raise ConfigError(
                     f"budget.{f.name} is {value}, but a budget must be above 0. Leave it out for no limit."
                 )
+
+    def part(self, share: float) -> Limits:
+        """The limits of a share of the work, at least 1 of whatever is counted."""
+        if share >= 1:
+            return self
+        counted = {name: getattr(self, name) for name in ("nfe", "decodes", "reward_calls")}
+        parts = {name: None if value is None else max(int(value * share), 1) for name, value in counted.items()}
+        return replace(self, **parts, seconds=None if self.seconds is None else self.seconds * share)
+
+
+def limits_of(budget: Limits | int | float | str | None) -> Limits:
+    """A budget as people say it: an int is NFE per prompt, '20s' or a float is seconds per prompt, Limits are both."""
+    if isinstance(budget, Limits) or budget is None:
+        return budget or Limits()
+    if isinstance(budget, str):
+        text = budget.strip().lower()
+        try:
+            return Limits(seconds=float(text[:-1])) if text.endswith("s") else Limits(nfe=int(text.removesuffix("nfe")))
+        except ValueError:
+            raise ConfigError(f"budget '{budget}' is neither a number of NFE (400) nor seconds ('20s').") from None
+    return Limits(nfe=budget) if isinstance(budget, int) else Limits(seconds=budget)
 
 
 class Budget:

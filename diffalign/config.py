@@ -69,6 +69,15 @@ def build(cls: type[T], mapping: Mapping[str, Any], overrides: Sequence[str] = (
     return built
 
 
+def settings(cls: type[T], given: T | Mapping[str, Any] | None, where: str) -> T:
+    """A config as a caller gives it: the dataclass itself, a mapping of its fields, or None for the defaults."""
+    if isinstance(given, cls):
+        return given
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"{where} is {type(given).__name__}, but it takes a {cls.__name__} or a mapping.")
+    return build(cls, given or {}, where=where)
+
+
 def dump(config: Any) -> str:
     """YAML text that `build` turns back into an equal object."""
     return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)

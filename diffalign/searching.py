@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from diffalign import config, media, scoring
-from diffalign.budget import Budget, Limits
+from diffalign import media, scoring
+from diffalign.budget import Budget, Limits, limits_of
 from diffalign.errors import BudgetError, ConfigError, InvalidReward
 from diffalign.report import SearchReport
 from diffalign.request import Request
-from diffalign.restore import checkpointed, frozen
+from diffalign.restore import checkpointed
 from diffalign.scoring import Score
 from diffalign.search.judge import Judge, Leaf
 from diffalign.search.nodes import Tree
-from diffalign.search.values import CleanPrediction, Completion, Rollouts, Value
 from diffalign.shell import Shell
 from diffalign.walk import PipelineChain
 
 if TYPE_CHECKING:
     from PIL import Image
 
-T = TypeVar("T")
 NOT_OURS = ("num_images_per_prompt", "num_videos_per_prompt", "generator", "latents")
 STOCK_ONLY = ("callback_on_step_end", "callback")  # a search takes many walks, so there are no steps to show
 
@@ -75,7 +72,12 @@ class Found:
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 
-Method = Callable[["Session", Tensor | None], Found]  # (session, start noise of the method before) -> found
+@dataclass(frozen=True)
+class Method:
+    """A search to run: `run(session, noise)`, where `noise` is the best start noise of the method before, if any."""
+
+    run: Callable[[Session, Tensor | None], Found]
+    starts_from_noise: bool = True  # whether it begins at the noise it is given
 
 
 class ScoringJudge(Judge):
@@ -170,11 +172,11 @@ class Session:
         whole, noise, share = self.budget.limits, None, 0.0
         for k, (method, part) in enumerate(methods):
             share += part
-            if noise is not None and not getattr(method, "starts_from", True):
+            if noise is not None and not method.starts_from_noise:
                 self.notes.append(f"method {k + 1} of {len(methods)} draws its own starts, not the noise found before")
-            self.budget.limits = _scaled(whole, share) if k + 1 < len(methods) else whole
+            self.budget.limits = whole.part(share) if k + 1 < len(methods) else whole
             try:
-                found = method(self, noise)
+                found = method.run(self, noise)
             except BudgetError as e:
                 if not k or not all(self.judge.best):
                     raise
@@ -268,92 +270,8 @@ class Session:
             )
 
 
-class SearchShell(Shell):
-    """A drop-in pipeline whose call runs search methods; its `__call__` names what the method itself takes."""
-
-    METHOD: ClassVar[str]  # also the keyword of its config
-    ADVANCED = ("kernel", "noise_level", "rows_at_once", "reward_chunk", "score_cache", "keep")
-
-    def search(
-        self, args: Sequence[Any], kwargs: dict[str, Any], methods: Sequence[tuple[Method, float]], **options: Any
-    ) -> Any:
-        """The stock arguments and ours, told apart; then the search. The stock call itself where there is no reward."""
-        extra = {name: kwargs.pop(name) for name in self.ADVANCED if name in kwargs}
-        if options["reward"] is None:
-            return self.call_stock(*args, **kwargs)
-        session = Session(self, args, kwargs, Options(**options, **extra))
-        with torch.no_grad(), frozen(session.chain.driver.modules.values()):
-            return session.run(self.METHOD, methods)
-
-
-def value_of(asked: Any, judge: Judge, strength: float) -> Value:
-    """A value of unfinished latents: "clean", a number of completion steps, ("rollouts", n), or an object of ours."""
-    if asked is None or asked == "clean":
-        return CleanPrediction(judge)
-    if isinstance(asked, int):
-        return Completion(judge, asked)
-    if isinstance(asked, tuple | list) and len(asked) == 2 and asked[0] == "rollouts":
-        return Rollouts(judge, int(asked[1]), strength)
-    if not callable(asked) or not hasattr(asked, "cost"):
-        raise ConfigError(
-            f"value is {asked!r}, but it is 'clean', a number of completion steps, ('rollouts', n), or an object with "
-            "`cost(i)` and `__call__` as in diffalign.search.values."
-        )
-    found: Value = asked
-    return found
-
-
-def save_tree(tree: Tree, path: str | os.PathLike[str]) -> None:
-    """Write a search tree, to be grown on by a later call."""
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in tree.state().items()}, os.fspath(path))
-
-
-def read_tree(path: str | os.PathLike[str]) -> Tree:
-    """A search tree that `save_tree` wrote."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return Tree.restore(load_file(os.fspath(path)))
-    except (OSError, SafetensorError, KeyError) as e:
-        raise ConfigError(f"'{os.fspath(path)}' is not a search tree ({e}). Give a file that save_tree wrote.") from e
-
-
-def settings(kind: type[T], given: T | Mapping[str, Any] | None, where: str) -> T:
-    """A method's config: itself, a mapping of its fields, or the defaults."""
-    if isinstance(given, kind):
-        return given
-    if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(f"{where} is {type(given).__name__}, but it takes a {kind.__name__} or a mapping.")
-    return config.build(kind, given or {}, where=where)
-
-
-def limits_of(budget: Limits | int | float | str | None) -> Limits:
-    """A budget as people say it: an int is NFE per prompt, '20s' or a float is seconds per prompt, Limits are both."""
-    if isinstance(budget, Limits) or budget is None:
-        return budget or Limits()
-    if isinstance(budget, str):
-        text = budget.strip().lower()
-        try:
-            return Limits(seconds=float(text[:-1])) if text.endswith("s") else Limits(nfe=int(text.removesuffix("nfe")))
-        except ValueError:
-            raise ConfigError(f"budget '{budget}' is neither a number of NFE (400) nor seconds ('20s').") from None
-    return Limits(nfe=budget) if isinstance(budget, int) else Limits(seconds=budget)
-
-
 def _own_latents(latents: Tensor | None, prompts: int, each: int) -> Tensor | None:
     """The start noise of each prompt's first image."""
     if latents is not None and len(latents) != prompts * each:
         raise ConfigError(f"latents has {len(latents)} rows, but the call makes {prompts * each} images.")
     return None if latents is None else latents[::each]
-
-
-def _scaled(limits: Limits, share: float) -> Limits:
-    """The limits up to the end of a stage that may spend `share` of them, stages before included."""
-    if share >= 1:
-        return limits
-    whole = {name: getattr(limits, name) for name in ("nfe", "decodes", "reward_calls")}
-    scaled = {name: None if value is None else max(int(value * share), 1) for name, value in whole.items()}
-    return replace(limits, **scaled, seconds=None if limits.seconds is None else limits.seconds * share)

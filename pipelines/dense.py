@@ -15,10 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from diffalign.budget import Limits
+from diffalign.config import settings
 from diffalign.registry import register_pipeline
 from diffalign.search import dense as core
 from diffalign.search.dense import DenseConfig
-from diffalign.searching import Found, Improvement, Method, SearchShell, Session, settings
+from diffalign.search_shell import SearchShell
+from diffalign.searching import Found, Improvement, Method, Session
 
 
 @register_pipeline("dense")
@@ -42,7 +44,7 @@ class DensePipeline(SearchShell):
         `diffalign.bench.curves.draw_steps(report, "steps.png")` draws them.
         """
         asked = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
-        return self.search(args, kwargs, [(self.method(dense), 1.0)], **asked)
+        return self.search(args, kwargs, self.method(dense), **asked)
 
     @classmethod
     def method(cls, given: Any = None) -> Method:
@@ -52,5 +54,4 @@ class DensePipeline(SearchShell):
             found = core.dense(session.chain, session.judge, config)
             return Found(None, {"dense": {"levels": found.levels, "rewards": found.rewards, "gains": found.gains}})
 
-        run.__dict__["starts_from"] = False
-        return run
+        return Method(run, starts_from_noise=False)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from diffalign import scoring
 from diffalign.budget import Limits
+from diffalign.config import settings
 from diffalign.registry import register_pipeline
 from diffalign.search import reno as core
 from diffalign.search.reno import RenoConfig
-from diffalign.searching import Found, Improvement, Method, SearchShell, Session, settings
+from diffalign.search_shell import SearchShell
+from diffalign.searching import Found, Improvement, Method, Session
 
 
 @register_pipeline("reno")
@@ -46,7 +48,7 @@ class ReNOPipeline(SearchShell):
         """
         method = self.method(reno, finish=finish, checkpointing=checkpointing)
         asked = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
-        return self.search(args, kwargs, [(method, 1.0)], **asked)
+        return self.search(args, kwargs, method, **asked)
 
     @classmethod
     def method(
@@ -65,4 +67,4 @@ class ReNOPipeline(SearchShell):
             table = {"rewards": found.rewards, "norms": found.norms}
             return Found(found.noise, {"reno": told | table})
 
-        return run
+        return Method(run)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffalign.budget import Limits
 from diffalign.cases import Case
+from diffalign.config import settings
 from diffalign.errors import ConfigError, UnknownName
 from diffalign.registry import register_pipeline
 from diffalign.search.beam import BeamConfig, search_beam
@@ -26,7 +27,9 @@ from diffalign.search.paths import PathConfig, search_paths
 from diffalign.search.stepwise import StepwiseConfig, search_steps
 from diffalign.search.svdd import SVDDConfig
 from diffalign.search.svdd import search as search_svdd
-from diffalign.searching import Found, Improvement, Method, SearchShell, Session, settings, value_of
+from diffalign.search.values import value_of
+from diffalign.search_shell import SearchShell
+from diffalign.searching import Found, Improvement, Method, Session
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class SearchPipeline(SearchShell):
         `veto` is for beam: branches it marks are cut off, and never returned.
         """
         asked = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
-        return self.search(args, kwargs, [(self.method(search, value=value, veto=veto), 1.0)], **asked)
+        return self.search(args, kwargs, self.method(search, value=value, veto=veto), **asked)
 
     @classmethod
     def method(cls, given: Mapping[str, Any] | None = None, *, value: Any = None, veto: Veto | None = None) -> Method:
@@ -104,5 +107,4 @@ class SearchPipeline(SearchShell):
             found = kind.run(session.chain, session.judge, config, **extra)
             return Found(getattr(found, "noise", None), {"search": {"method": name}})
 
-        run.__dict__["starts_from"] = name == "zero_order"
-        return run
+        return Method(run, starts_from_noise=name == "zero_order")

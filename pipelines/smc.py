@@ -17,11 +17,14 @@ from torch import Tensor
 
 from diffalign import scoring
 from diffalign.budget import Limits
+from diffalign.config import settings
 from diffalign.noise import forked
 from diffalign.registry import register_pipeline
 from diffalign.search import smc as core
 from diffalign.search.smc import SMCConfig, SMCResult
-from diffalign.searching import Found, Improvement, Method, SearchShell, Session, settings, value_of
+from diffalign.search.values import value_of
+from diffalign.search_shell import SearchShell
+from diffalign.searching import Found, Improvement, Method, Session
 
 
 @register_pipeline("smc")
@@ -47,7 +50,7 @@ class SMCPipeline(SearchShell):
         ("rollouts", n), or an object with the protocol of `diffalign.search.values.Value`.
         """
         asked = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
-        return self.search(args, kwargs, [(self.method(smc, value=value), 1.0)], **asked)
+        return self.search(args, kwargs, self.method(smc, value=value), **asked)
 
     @classmethod
     def method(cls, given: Any = None, *, value: Any = None) -> Method:
@@ -61,7 +64,7 @@ class SMCPipeline(SearchShell):
             names = ("log_z", "strength", "ancestors", "levels", "ess", "resampled", "invalid", "stalled")
             return Found(_noise_of_best(session, found, noise), {"smc": {name: getattr(found, name) for name in names}})
 
-        return run
+        return Method(run)
 
 
 def _noise_of_best(session: Session, found: SMCResult, given: Tensor | None) -> Tensor | None:

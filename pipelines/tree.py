@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from diffalign.budget import Limits
+from diffalign.config import settings
 from diffalign.errors import ConfigError
 from diffalign.registry import register_pipeline
 from diffalign.search import tree as core
 from diffalign.search.tree import Tree, TreeConfig
-from diffalign.searching import Found, Improvement, Method, SearchShell, Session, read_tree, settings
+from diffalign.search_shell import SearchShell
+from diffalign.searching import Found, Improvement, Method, Session
+from diffalign.trees import origin_of, read_tree, require_same_origin
 
 
 @register_pipeline("tree")
@@ -45,7 +48,7 @@ class TreePipeline(SearchShell):
         `report.tree` goes on growing when the same call gets it as `grown`, also from a file that `save_tree` wrote.
         """
         asked = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
-        return self.search(args, kwargs, [(self.method(tree, grown=grown), 1.0)], **asked)
+        return self.search(args, kwargs, self.method(tree, grown=grown), **asked)
 
     @classmethod
     def method(cls, given: Any = None, *, grown: Tree | str | os.PathLike[str] | None = None) -> Method:
@@ -61,6 +64,9 @@ class TreePipeline(SearchShell):
                     f"the tree was grown for {len(before.cases)} prompts, but this call has {len(session.chain.seeds)}."
                     " Repeat the call that began it."
                 )
+            asked = origin_of(session)
+            require_same_origin(before, asked)
+            before.origin = asked
             session.tree = before
             _show_best(session, before)
             core.grow(session.chain, session.judge, config, before, noise=seeds)
@@ -68,28 +74,22 @@ class TreePipeline(SearchShell):
             names = ("leaves", "nodes", "depth", "value", "descent")
             return Found(_noise_of_best(session, before), {"tree": {name: getattr(told, name) for name in names}})
 
-        return run
+        return Method(run)
 
 
 def _show_best(session: Session, tree: Tree) -> None:
-    """The best leaf that an earlier call found in each tree is a candidate of this one too."""
+    """The best leaves that an earlier call found in each tree are candidates of this one too."""
     for row, nodes in enumerate(tree.cases):
-        valid = [leaf for leaf in nodes.leaves if nodes.value[leaf] == nodes.value[leaf]]
-        if valid:
-            best = max(valid, key=nodes.value.__getitem__)
-            x = nodes.x[best][None].to(session.chain.driver.start())  # type: ignore[index]
-            session.judge.leaf(x, [row])
+        found = [nodes.x[leaf] for leaf in nodes.ranked()[: session.judge.top_k]]
+        if found:
+            x = torch.stack(found).to(session.chain.driver.start())  # type: ignore[arg-type]
+            session.judge.leaf(x, [row] * len(found))
 
 
 def _noise_of_best(session: Session, tree: Tree) -> Tensor | None:
     """The start noise (B, ...) behind each case's best leaf; None where a pipeline does not start from noise."""
-    starts = []
-    for nodes in tree.cases:
-        valid = [leaf for leaf in nodes.leaves if nodes.value[leaf] == nodes.value[leaf]]
-        if not valid:
-            return None
-        node = max(valid, key=nodes.value.__getitem__)
-        while nodes.level[node]:
-            node = nodes.parent[node]
-        starts.append(nodes.x[node])
+    best = [nodes.ranked()[:1] for nodes in tree.cases]
+    if not all(best):
+        return None
+    starts = [nodes.x[nodes.start(leaf)] for nodes, (leaf,) in zip(tree.cases, best, strict=True)]
     return session.chain.unscaled(torch.stack(starts))  # type: ignore[arg-type]

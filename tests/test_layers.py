@@ -26,7 +26,8 @@ LAYERS = [  # each may import itself and what stands before it
     },
     {"search", "world"},
     {"drive", "arguments", "looping", "stage", "standin", "steering", "tap", "restore", "attention"},
-    {"conformance", "recording", "snapshot", "borrowed", "report", "shell", "walk", "searching", "aligning", "zoo"},
+    {"conformance", "recording", "snapshot", "borrowed", "report", "shell", "walk", "zoo"}
+    | {"searching", "search_shell", "trees", "aligning"},
     {"train", "gallery", "bench"},
     {"cli"},
 ]
@@ -35,7 +36,7 @@ ONLY = {  # narrower than their layer
     "world": {"world", "cases", "errors"},
     "rewards": {"scoring", "cases", "registry", "errors", "vision", "clip_tower", "judges", "transport", "world"},
     "pipelines": {"shell", "drive", "search", "scoring", "budget", "config", "errors"}
-    | {"cases", "media", "noise", "registry", "report", "request", "searching"},
+    | {"cases", "media", "noise", "registry", "report", "request", "searching", "search_shell", "trees"},
 }
 TENSORS_ONLY = {"diffusers", "transformers", "accelerate", "pathlib", "os", "io", "PIL"}
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from diffalign import align
-from diffalign.budget import Limits
+from diffalign.budget import Limits, limits_of
 from diffalign.errors import BudgetError, ConfigError, InvalidReward, NotDifferentiable, UnknownName
 from diffalign.pipelines import DensePipeline, ReNOPipeline, SearchPipeline, SMCPipeline, TreePipeline
-from diffalign.searching import Improvement, limits_of, save_tree
+from diffalign.searching import Improvement
 from diffalign.snapshot import differences, snapshot
+from diffalign.trees import save_tree
 from tests.tiny import build, call
 
 FAMILIES = ["sd15", "sdxl", "sd3", "flux", "ltx_video"]

@@ -100,6 +100,17 @@ class Nodes:
             path.append(max(known, key=self.value.__getitem__))
         return path
 
+    def ranked(self) -> list[int]:
+        """Valid leaves, the best first, the earlier of two equals ahead."""
+        valid = [leaf for leaf in self.leaves if not math.isnan(self.value[leaf])]
+        return sorted(valid, key=self.value.__getitem__, reverse=True)
+
+    def start(self, node: int) -> int:
+        """The node of level 0 that a node descends from."""
+        while self.level[node]:
+            node = self.parent[node]
+        return node
+
     def births(self) -> list[int]:
         """The level at which each leaf's walk left the tree that stood before it."""
         firsts = {children[0] for children in self.children[1:] if children}
@@ -152,6 +163,7 @@ class Tree:
         self.cases = [Nodes(seed, length, start) for seed, start in zip(seeds, starts, strict=True)]
         self.length = length
         self.free = [True] + [False] * length  # levels that noise leads to: known once a first walk has passed them
+        self.origin: dict[str, str] = {}  # what it was grown for, in the words of whoever grew it
 
     def value(self, b: int) -> float:
         """Soft value of the root of case b: (1/strength) log E exp(strength r), estimated low until trees are vast."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -112,3 +112,20 @@ def soft_mean(rewards: Tensor, strength: float) -> Tensor:
     held = torch.where(valid, strength * rewards, -math.inf)
     found = (held.logsumexp(-1) - count.log()) / strength
     return torch.where(count > 0, found, torch.nan)
+
+
+def value_of(asked: Any, judge: Judge, strength: float) -> Value:
+    """A value of unfinished latents: "clean", a number of completion steps, ("rollouts", n), or an object of ours."""
+    if asked is None or asked == "clean":
+        return CleanPrediction(judge)
+    if isinstance(asked, int):
+        return Completion(judge, asked)
+    if isinstance(asked, tuple | list) and len(asked) == 2 and asked[0] == "rollouts":
+        return Rollouts(judge, int(asked[1]), strength)
+    if not callable(asked) or not hasattr(asked, "cost"):
+        raise ConfigError(
+            f"value is {asked!r}, but it is 'clean', a number of completion steps, ('rollouts', n), or an object with "
+            "`cost(i)` and `__call__` as in diffalign.search.values."
+        )
+    found: Value = asked
+    return found

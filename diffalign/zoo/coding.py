@@ -1,8 +1,8 @@
 """Noise that carries a layout: a one-step model can draw a sharp scene only if its noise says where things are.
 
-A few numbers of the noise, standard normal like all of it, decide a scene's free choices: how far each object sways from
-its usual place, how large it is, which colour where the prompt leaves it open, and the ground. Since scenes are made
-from noise, and not noise from scenes, the noise of training is exactly that of use.
+A few numbers of the noise, standard normal like all of it, decide a scene's free choices: how far each object sways
+from its usual place, how large it is, which colour where the prompt leaves it open, and the ground. Since scenes are
+made from noise, and not noise from scenes, the noise of training is exactly that of use.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`shapes-turbo`: the one-step student of `shapes-sd3`.
 
 The student starts from the teacher's weights and learns, at the noisiest time only, to predict a whole scene at once.
-The layout of the scene is a function of noise and caption (see coding.py); with scenes independent of the noise the best
-one-step answer would be a blur over all layouts.
+The layout of the scene is a function of noise and caption (see coding.py); with scenes independent of the noise the
+best one-step answer would be a blur over all layouts.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class TurboConfig:
 DEFAULT = TurboConfig()
 CALL = sd3.CALL | {"num_inference_steps": 1, "guidance_scale": 1.0}
 FACTS = sd3.FACTS | {
-    "method": "one-step student: the teacher's weights, trained on at the noisiest time to draw the scene that noise and "
-    "prompt mean together (diffalign/zoo/coding.py); no samples of the teacher are used",
+    "method": "one-step student: the teacher's weights, trained on at the noisiest time to draw the scene that noise "
+    "and prompt mean together (diffalign/zoo/coding.py); no samples of the teacher are used",
     "call": CALL,
 }
 
@@ -55,9 +55,8 @@ def make(config: TurboConfig, *, work: Path, seed: int, resume: bool) -> Path:
     captions, _ = captioned(config.images, config.smallest, seed + 3, EVEN)
     codes = torch.randn(len(captions), CODES, generator=torch.Generator().manual_seed(seed))
     asked = [clauses for clauses in map(parse, captions) if clauses]
-    scenes = [
-        scene_of(clauses, row, smallest=config.smallest) for clauses, row in zip(asked, codes.tolist(), strict=True)
-    ]
+    rows = zip(asked, codes.tolist(), strict=True)
+    scenes = [scene_of(clauses, row, smallest=config.smallest) for clauses, row in rows]
     latents, ids = standard_latents(teacher.vae, scenes), tokenise(captions)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,43 @@
+"""The shell that search pipelines share: stock arguments and ours told apart, then the search, with frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from diffalign.restore import frozen
+from diffalign.searching import Method, Options, Session
+from diffalign.shell import Shell
+
+
+class SearchShell(Shell):
+    """A drop-in pipeline whose call runs search methods; its `__call__` names what the method itself takes."""
+
+    METHOD: ClassVar[str]  # also the keyword of its config
+    ADVANCED = ("kernel", "noise_level", "rows_at_once", "reward_chunk", "score_cache", "keep")
+
+    def search(
+        self, args: Sequence[Any], kwargs: dict[str, Any], method: Method, *, reward: Any, **options: Any
+    ) -> Any:
+        """The search by one method; the stock call itself where there is no reward."""
+        if reward is None:
+            for name in self.ADVANCED:
+                kwargs.pop(name, None)
+            return self.call_stock(*args, **kwargs)
+        return self.search_in_turn(args, kwargs, self.METHOD, [(method, 1.0)], reward=reward, **options)
+
+    def search_in_turn(
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        name: str,
+        methods: Sequence[tuple[Method, float]],
+        **options: Any,
+    ) -> Any:
+        """Methods with their shares of the budget; each may start from the noise the one before found best."""
+        extra = {key: kwargs.pop(key) for key in self.ADVANCED if key in kwargs}
+        session = Session(self, args, kwargs, Options(**options, **extra))
+        with torch.no_grad(), frozen(session.chain.driver.modules.values()):
+            return session.run(name, methods)
