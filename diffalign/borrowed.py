@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,19 +78,6 @@ def offload_hooks(pipe: Any) -> Iterator[dict[str, int]]:
             remove_hook_from_module(module)
             vars(module).pop("forward", None)
             module.to(device)
-
-
-@contextmanager
-def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """No parameter asks for a gradient inside the block, as when only latents are optimised."""
-    flags = [(p, p.requires_grad) for m in modules for p in m.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _counter(runs: dict[str, int], name: str) -> Any:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.borrowed import frozen, offload_hooks, temporary_lora
+from diffalign.borrowed import offload_hooks, temporary_lora
 from diffalign.drive import grad_call
 from diffalign.errors import DiffalignError, SeamError
 from diffalign.noise import ddim
 from diffalign.recording import Recorder, difference
+from diffalign.restore import frozen, steady
 from diffalign.snapshot import differences, snapshot
 
 CAPABILITIES = (
@@ -165,8 +166,9 @@ class Trial(Recorder):
         prediction = self.driver.predict(x, 0, grad=True)
         weights = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(2)).to(prediction)
         (slope,) = torch.autograd.grad((prediction * weights).sum(), x)
-        media = _tensor_with_gradient(self.driver.decode(x, grad=True))
-        (pixels,) = torch.autograd.grad(media.float().mean(), x)
+        with steady(self.driver.modules.values()):
+            media = _tensor_with_gradient(self.driver.decode(x, grad=True))
+            (pixels,) = torch.autograd.grad(media.float().mean(), x)
         if not (slope.isfinite().all() and slope.any() and pixels.isfinite().all()):
             return Capability(False, None, "the gradient to the latent is zero or not finite")
         with self.same_stray_noise(), frozen(self.driver.modules.values()):

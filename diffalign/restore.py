@@ -90,6 +90,45 @@ def checkpointed(modules: Iterable[torch.nn.Module], *, on: bool) -> Iterator[No
             module.disable_gradient_checkpointing()
 
 
+@contextmanager
+def steady(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Run a block in which autoencoders that must decode in float32 stay in float32.
+
+    Stock calls turn such a half-precision autoencoder up to decode and down again after, which changes its weights
+    under the feet of a backward pass that is yet to come.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            raised = getattr(getattr(module, "config", None), "force_upcast", False)
+            if raised and getattr(module, "dtype", None) == torch.float16:
+                stack.enter_context(_in_float32(module))
+        yield
+
+
+@contextmanager
+def _in_float32(module: Any) -> Iterator[None]:
+    dtypes = _dtypes(module)
+    for _, tensor in _tensors(module):
+        tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
+    decode, move = module.decode, module.to
+
+    def decode_here(z: Any, *args: Any, **kwargs: Any) -> Any:
+        return decode(z.float(), *args, **kwargs)
+
+    def move_only(*args: Any, **kwargs: Any) -> Any:
+        places = [arg for arg in args if not isinstance(arg, torch.dtype)]
+        named = {name: value for name, value in kwargs.items() if name != "dtype"}
+        return move(*places, **named) if places or named else module
+
+    module.decode, module.to = decode_here, move_only
+    try:
+        yield
+    finally:
+        del module.decode, module.to
+        for name, tensor in _tensors(module):
+            tensor.data = tensor.data.to(dtypes[name])
+
+
 def _gradient_flags(layer: torch.nn.Module) -> dict[torch.nn.Parameter, bool]:
     return {p: p.requires_grad for p in layer.parameters()}
 

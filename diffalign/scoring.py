@@ -62,6 +62,15 @@ class Score:
         """The rows at `index`, which is whatever indexes a tensor: numbers, a slice, a mask."""
         return Score(self.total[index], {k: v[index] for k, v in self.parts.items()}, self.valid[index])
 
+    def spread(self, mask: Tensor) -> Score:
+        """These rows where `mask` (B,) is true, in order, and invalid rows elsewhere."""
+
+        def wide(values: Tensor) -> Tensor:
+            return values.new_full(mask.shape, torch.nan).index_put((mask.to(values.device),), values)
+
+        total = wide(self.total)
+        return Score(total, {k: wide(v) for k, v in self.parts.items()}, ~total.isnan())
+
     def __len__(self) -> int:
         return len(self.total)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from diffalign import media, scoring
 from diffalign.budget import Budget, Limits, limits_of
-from diffalign.errors import BudgetError, ConfigError, InvalidReward
+from diffalign.errors import BudgetError, ConfigError, InvalidReward, ModelError
 from diffalign.report import SearchReport
 from diffalign.request import Request
-from diffalign.restore import checkpointed
+from diffalign.restore import checkpointed, steady
 from diffalign.scoring import Score
 from diffalign.search.judge import Judge, Leaf
 from diffalign.search.nodes import Tree
@@ -86,14 +86,19 @@ class ScoringJudge(Judge):
     def __init__(self, session: Session, chain: PipelineChain, **options: Any) -> None:
         self.session = session
         self.parts: list[list[dict[str, float]]] = [[] for _ in chain.seeds]
-        self._now: Score | None = None
+        self.broken = 0  # images with NaN or infinite pixels
+        self._asked: list[Score] = []  # since the last record, previews among them
         count = len(getattr(session.reward, "rewards", [session.reward]))
         super().__init__(chain, self._score, rewards=count, **options)
 
     def record(
         self, x: Tensor, media: Tensor, rows: Sequence[int], rewards: Tensor, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        parts = {} if self._now is None else {name: part.detach().tolist() for name, part in self._now.parts.items()}
+        own: list[Score] = []  # of these very images, which may have been scored in several goes
+        while self._asked and sum(map(len, own)) < len(rows):
+            own.insert(0, self._asked.pop())
+        self._asked.clear()
+        parts = {name: part.detach().tolist() for name, part in Score.concat(own).parts.items()} if own else {}
         for k, row in enumerate(rows):
             self.parts[row].append({name: values[k] for name, values in parts.items()})
         return super().record(x, media, rows, rewards, seeds)
@@ -104,9 +109,17 @@ class ScoringJudge(Judge):
 
     def _score(self, media: Tensor, rows: Sequence[int]) -> Tensor:
         session = self.session
-        cases = [session.request.cases[row] for row in rows]
-        self._now = scoring.score(session.reward, media, cases, all_invalid=True, **session.score_options)
-        return self._now.total
+        sound = media.detach().flatten(1).isfinite().all(1)  # a model in half precision may overflow for one candidate
+        if not sound.all():
+            self.broken += int((~sound).sum())
+        found = Score(media.new_zeros(0))
+        if sound.any():
+            cases = [session.request.cases[row] for row, whole in zip(rows, sound.tolist(), strict=True) if whole]
+            asked = media if sound.all() else media[sound]
+            found = scoring.score(session.reward, asked, cases, all_invalid=True, **session.score_options)
+        found = found if sound.all() else found.spread(sound)
+        self._asked.append(Score(found.total.detach(), {k: part.detach() for k, part in found.parts.items()}))
+        return found.total
 
 
 class Session:
@@ -130,21 +143,29 @@ class Session:
             raise ConfigError(f"top_k is {self.top_k}, but a search gives back at least 1 image per prompt.")
         self.budget = Budget(limits_of(options.budget), prompts=prompts)
         self._call = {k: v for k, v in given.items() if k not in NOT_OURS}
-        self.chain = PipelineChain(
-            pipe,
-            self.request.cases,
-            self._call,
-            budget=self.budget,
-            kernel=options.kernel,
-            noise_level=options.noise_level,
-            most=options.rows_at_once,
-            latents=_own_latents(given.get("latents"), prompts, each),
-        )
-        self.judge = ScoringJudge(self, self.chain, top_k=max(self.top_k, options.keep), on_improve=self._improved)
+        self._latents = _own_latents(given.get("latents"), prompts, each)
+        self.chain = self._chain(self._call)
+        self.judge = self._judge(self.chain, max(self.top_k, options.keep))
         self.tree: Tree | None = None  # of a tree search, to be grown on
         self.bar: Any = None
         self.notes: list[str] = []
         self.extras: dict[str, Any] = {}
+
+    def _chain(self, call: dict[str, Any]) -> PipelineChain:
+        options = self.options
+        return PipelineChain(
+            self.pipe,
+            self.request.cases,
+            call,
+            budget=self.budget,
+            kernel=options.kernel,
+            noise_level=options.noise_level,
+            most=options.rows_at_once,
+            latents=self._latents,
+        )
+
+    def _judge(self, chain: PipelineChain, top_k: int) -> ScoringJudge:
+        return ScoringJudge(self, chain, top_k=top_k, on_improve=self._improved, at_once=self.options.rows_at_once)
 
     def run(self, name: str, methods: Sequence[tuple[Method, float]]) -> Any:
         """Each method in turn, with its share of the budget; Ctrl-C gives back the best so far."""
@@ -159,6 +180,8 @@ class Session:
                 self.notes.append("interrupted: this is the best so far")
             finally:
                 self.chain.close()
+        if self.judge.broken:
+            self.notes.append(f"{self.judge.broken} images had NaN or infinite pixels and were dropped")
         if self.judge.constant:
             self.notes.append(f"reward '{self.reward.name}' gave every candidate the same value: search cannot help")
             warnings.warn(f"{self.notes[-1]}. Check that the reward reads these images, or use another.", stacklevel=4)
@@ -189,16 +212,19 @@ class Session:
 
     def another(self, changes: Mapping[str, Any]) -> ScoringJudge:
         """A judge over the same cases and budget whose chain runs the stock call with other arguments."""
-        chain = PipelineChain(self.pipe, self.request.cases, self._call | dict(changes), budget=self.budget)
-        return ScoringJudge(self, chain, top_k=self.judge.top_k, on_improve=self._improved)
+        return self._judge(self._chain(self._call | dict(changes)), self.judge.top_k)
 
     def present(self, judge: ScoringJudge) -> None:
         """Let the leaves of this judge be the result."""
         judge.curve = [*self.judge.curve, *judge.curve]
         self.judge, self.chain = judge, judge.chain  # type: ignore[assignment]
 
-    def checkpointed(self, on: bool) -> AbstractContextManager[None]:
-        return checkpointed(self.chain.driver.modules.values(), on=on)
+    @contextmanager
+    def gradients(self, *, checkpointing: bool = False) -> Iterator[None]:
+        """A block in which the model is differentiated."""
+        modules = self.chain.driver.modules.values()
+        with steady(modules), checkpointed(modules, on=checkpointing):
+            yield
 
     def show(self) -> None:
         """Bring the bar up to date."""
@@ -241,6 +267,12 @@ class Session:
 
     def _assemble(self) -> Any:
         for case, kept, row in zip(self.request.cases, self.judge.best, self.judge.leaves, strict=True):
+            if not kept and self.judge.broken:
+                raise ModelError(
+                    f"{type(self.pipe).__name__} produced NaN or infinite pixels in {self.judge.broken} images, and no "
+                    f"image of '{case.prompt[:80]}' could be scored. Half precision often overflows: try dtype float32 "
+                    "or bfloat16, or a lower guidance scale."
+                )
             if not kept:
                 raise InvalidReward(
                     f"reward '{self.reward.name}' is NaN for all {len(row)} candidates of '{case.prompt[:80]}', so "

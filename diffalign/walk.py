@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +15,7 @@ from diffalign.cases import Case
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError, SeamError
 from diffalign.noise import Kernel, Transition
+from diffalign.search.chunks import Chunks
 
 KERNELS = ("auto", *noise.KERNELS)
 TYPICAL = {"ddim": 1.0, "cps": 0.8, "flow_sde": 0.7}  # noise of each kernel where the caller names none
@@ -40,7 +39,7 @@ class PipelineChain:
         self.driver = Driver(pipe, list(cases), budget=budget, **call)
         self.budget = self.driver.budget
         self.seeds = [case.seed for case in cases]
-        self.most = most  # rows of one model call; halved when memory runs out
+        self.chunks = Chunks(self.budget, most)
         self.given = latents  # the caller's own start noise (B, ...), which belongs to the cases' own seeds
         eta = call.get("eta")
         self._still = eta is not None and not eta > 0  # the caller asked for a sampler without noise
@@ -57,8 +56,14 @@ class PipelineChain:
 
     @functools.cached_property
     def kernel_name(self) -> str:
-        """Which stochastic step branching methods use; `auto` takes DDIM with eta 1 where it exists for the model."""
-        return "ddim" if self._asked[0] == "auto" else self._asked[0]
+        """Which stochastic step branching methods use.
+
+        `auto` takes DDIM with eta 1, the ancestral sampler, but for flow models the coefficient-preserving step: it
+        leaves no noise in the image (docs/search.md has what each costs in quality).
+        """
+        if self._asked[0] != "auto":
+            return self._asked[0]
+        return "cps" if self.driver.levels.prediction == "flow" else "ddim"
 
     @functools.cached_property
     def noise_level(self) -> float:
@@ -123,9 +128,7 @@ class PipelineChain:
     def finish(self, x: Tensor, rows: Sequence[int], *, grad: bool = False) -> Tensor:
         if grad:
             return media.to_tensor(self._at(rows).decode(x, grad=True))
-        decoded = self._in_chunks(rows, lambda part: media.to_tensor(self._at(rows[part]).decode(x[part])))
-        media.require_finite(decoded, type(self.driver.pipe).__name__)
-        return decoded
+        return self._in_chunks(rows, lambda part: media.to_tensor(self._at(rows[part]).decode(x[part])))
 
     def generate(
         self, noise: Tensor, rows: Sequence[int], *, seeds: Sequence[int] | None = None, grad: bool = False
@@ -138,8 +141,7 @@ class PipelineChain:
 
         if grad:
             return run(slice(None))
-        found: list[tuple[Tensor, Tensor]] = []
-        self._in_chunks(rows, lambda part: found.append(run(part)) or noise[part])  # type: ignore[func-returns-value]
+        found = self.chunks.over(len(rows), run)
         return torch.cat([x for x, _ in found]), torch.cat([pixels for _, pixels in found])
 
     def close(self) -> None:
@@ -149,25 +151,7 @@ class PipelineChain:
         return self.driver.select(tuple(rows))
 
     def _in_chunks(self, rows: Sequence[int], run: Callable[[slice], Tensor]) -> Tensor:
-        """`run` over all rows in chunks of at most `most`, smaller ones from where memory runs short."""
-        parts: list[Tensor] = []
-        at = 0
-        while at < len(rows):
-            size = min(self.most or len(rows), len(rows) - at)
-            spent = self.budget.nfe, self.budget.decodes
-            try:
-                parts.append(run(slice(at, at + size)))
-                at += size
-            except (RuntimeError, MemoryError) as e:
-                if size == 1 or not _out_of_memory(e):
-                    raise
-                self.budget.nfe, self.budget.decodes = spent  # nothing came of it
-                self.most = math.ceil(size / 2)
-                warnings.warn(
-                    f"{size} rows do not fit the memory; going on with {self.most} at a time. The result is the same.",
-                    stacklevel=2,
-                )
-        return torch.cat(parts)
+        return torch.cat(self.chunks.over(len(rows), run))
 
 
 def check_kernel(kernel: str, noise_level: float | None) -> None:
@@ -189,10 +173,3 @@ def starts_from_noise(chain: PipelineChain) -> bool:
     except SeamError:
         return False
     return True
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text or "can't allocate" in text
-    )

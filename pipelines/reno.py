@@ -59,7 +59,7 @@ class ReNOPipeline(SearchShell):
         def run(session: Session, noise: Tensor | None) -> Found:
             scoring.require_gradient(session.reward, "noise optimisation")
             last = session.another(finish) if finish else None
-            with session.checkpointed(checkpointing):
+            with session.gradients(checkpointing=checkpointing):
                 found = core.optimise(session.chain, session.judge, config, noise=noise, finish=last)
             if last is not None:
                 session.present(last)

@@ -10,6 +10,7 @@ Where we differ: a pipeline whose own sampler draws no noise gets a stochastic s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ class SMCPipeline(SearchShell):
             if config.proposal == "gradient":
                 scoring.require_gradient(session.reward, "the gradient proposal of smc")
             chosen = None if value is None else value_of(value, session.judge, config.strength)
-            found = core.run(session.chain, session.judge, config, value=chosen, noise=noise)
+            with session.gradients() if config.proposal == "gradient" else nullcontext():
+                found = core.run(session.chain, session.judge, config, value=chosen, noise=noise)
             names = ("log_z", "strength", "ancestors", "levels", "ess", "resampled", "invalid", "stalled")
             return Found(_noise_of_best(session, found, noise), {"smc": {name: getattr(found, name) for name in names}})
 

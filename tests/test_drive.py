@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 
-from diffalign.borrowed import frozen, temporary_lora
+from diffalign.borrowed import temporary_lora
 from diffalign.budget import Budget
 from diffalign.cases import Case
 from diffalign.drive import Driver, grad_call, metered, undecorated
 from diffalign.errors import ConfigError, ModelError, SeamError
 from diffalign.noise import cps, ddim, flow_sde
 from diffalign.recording import difference
+from diffalign.restore import frozen
 from diffalign.snapshot import differences, snapshot
 from tests.tiny import build, call
 

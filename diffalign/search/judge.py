@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffalign.errors import BudgetError, InvalidReward
 from diffalign.search.chain import Chain
+from diffalign.search.chunks import Chunks
 
 Rate = Callable[[Tensor, Sequence[int]], Tensor]  # (media (K, ...), rows) -> rewards (K,) float32, NaN where invalid
 
@@ -39,6 +40,7 @@ class Judge:
     top_k: int = 1
     rewards: int = 1
     on_improve: Callable[[Leaf], None] | None = None
+    at_once: int | None = None  # rows of one backward pass
     leaves: list[list[Leaf]] = field(init=False)  # per case, in order, without latents and media
     best: list[list[Leaf]] = field(init=False)  # per case, at most top_k, best first
     curve: list[tuple[float, float, float]] = field(init=False, default_factory=list)  # nfe, seconds, mean best reward
@@ -46,6 +48,7 @@ class Judge:
     def __post_init__(self) -> None:
         self.leaves = [[] for _ in self.chain.seeds]
         self.best = [[] for _ in self.chain.seeds]
+        self.backward = Chunks(self.chain.budget, self.at_once)
 
     def leaf(self, x: Tensor, rows: Sequence[int], seeds: Sequence[int] | None = None) -> Tensor:
         """Rewards (K,) float32 on the CPU of final latents x (K, ...), which become leaves; NaN where invalid."""

@@ -202,14 +202,19 @@ class _Climb:
         if k and not steep and not self._affords(rows, updates=0):
             self._end(rows, "budget")
             return torch.zeros(())
-        noise = torch.stack([self.noise[row].detach() for row in rows]).requires_grad_(steep)  # (K, ...)
-        with torch.set_grad_enabled(steep):
-            x, media = self.chain.generate(noise.to(self.like), rows, grad=steep)
-            rewards = self.judge.slopes(media, rows)
-            seeds = [self.seeds[row] for row in rows] if self.seeds is not None and k == 0 else None
-            self._note(rows, noise.detach(), self.judge.record(x, media, rows, rewards, seeds))
-            if steep:
-                return self._slopes(rewards, noise, rows)
+        noise = torch.stack([self.noise[row].detach() for row in rows])  # (K, ...)
+        seeds = [self.seeds[row] for row in rows] if self.seeds is not None and k == 0 else None
+        if steep:
+            parts = self.judge.backward.over(len(rows), lambda part: self._climbable(noise[part], rows[part]))
+            x, media, rewards, slopes = (torch.cat(each) for each in zip(*parts, strict=True))
+            self._note(rows, noise, self.judge.record(x, media, rows, rewards, seeds))
+            self._end(
+                [r for r, slope in zip(rows, slopes, strict=True) if not slope.isfinite().all()], "invalid gradient"
+            )
+            return slopes
+        with torch.no_grad():
+            x, media = self.chain.generate(noise.to(self.like), rows)
+            self._note(rows, noise, self.judge.seen(x, media, rows, seeds))
         whole = k + 1 == self.config.iterations
         self._end(rows, "iterations" if whole else "budget")
         return torch.zeros_like(noise)
@@ -246,23 +251,24 @@ class _Climb:
         self.best[row] = float(reward) if better else self.best[row]
         return better
 
-    def _slopes(self, rewards: Tensor, noise: Tensor, rows: list[int]) -> Tensor:
-        """Gradients (K, ...) of the rewards (K,) of the rows that go on; others stay out of the backward pass."""
-        going = [k for k, row in enumerate(rows) if not self.ended[row]]
-        if not going:
-            return torch.zeros_like(noise)
-        found = None
-        if rewards.requires_grad:
-            (found,) = torch.autograd.grad(rewards[going].sum(), noise, allow_unused=True)
+    def _climbable(self, noise: Tensor, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents, media, rewards (K,) and their slopes (K, ...) in noise (K, ...), zero where a reward is invalid."""
+        noise = noise.clone().requires_grad_()
+        with torch.enable_grad():
+            x, media = self.chain.generate(noise.to(self.like), rows, grad=True)
+            rewards = self.judge.slopes(media, rows)
+            valid = rewards.isfinite()
+            found: Tensor | None = torch.zeros_like(noise)
+            if valid.any():
+                climbs = rewards.requires_grad
+                (found,) = torch.autograd.grad(rewards[valid].sum(), noise, allow_unused=True) if climbs else (None,)
         if found is None:
             raise NotDifferentiable(
                 f"noise optimisation needs a gradient, but the rewards of {len(rows)} images came back without one "
                 "to the noise. Use tree=, smc= or best_of_n= with this reward, or pair it with a differentiable one "
                 "such as 'clip'."
             )
-        slopes: Tensor = found
-        self._end([rows[k] for k in going if not slopes[k].isfinite().all()], "invalid gradient")
-        return slopes
+        return x.detach(), media.detach(), rewards.detach(), found
 
     def _downhill(self, row: int, slope: Tensor) -> Tensor:
         """Gradient (...) of what is minimised, cut to the clip's length except for LBFGS."""

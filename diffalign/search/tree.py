@@ -5,7 +5,8 @@ Paper: "Diffusion Tree Sampling: Scalable inference-time alignment of diffusion 
 v + c_uct sqrt(log N(parent) / N(child)) and hunts for the best. The soft backup divides by the number of children,
 which are draws of the prior; a node may have ceil(width max(1, N)^growth) of them.
 
-Where we differ: the paper's constants are not known to us for certain, so all of them are options. The strength may
+Where we differ: the paper's constants are not known to us for certain, so all of them are options, and what is left
+out follows the mode: the wide tree of the reports samples well, but hunts worse than a deep one. The strength may
 be measured in standard deviations of a case's first leaves; until it is settled, descents take the least visited
 child. A step that draws no noise has one child. Invalid leaves leave the mean over their siblings. A descent onto a
 finished leaf repeats at once, so that a round ends with walks to make. `levels`, `fixed`, and starts found
@@ -18,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,17 +35,28 @@ from diffalign.search.nodes import TreeResult as TreeResult
 Track = list[tuple[Tensor, Tensor]]  # latent and prediction of each level a walk passed, on the CPU
 
 
+BY_MODE: Any = None  # a setting left out: see SETTINGS
+SETTINGS = {  # to hunt, go deep below what is good; to sample, look around
+    "search": {"strength": 5.0, "c_uct": 0.5, "width": 1.0, "growth": 0.25},
+    "sample": {"strength": 2.0, "c_uct": 1.0, "width": 2.0, "growth": 0.5},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TreeConfig:
-    """Settings of tree search."""
+    """Settings of tree search; what is left out of strength, c_uct, width and growth is the mode's in SETTINGS."""
 
     mode: Literal["search", "sample"] = "search"  # DTS* hunts for the best leaf, DTS draws from the tilted law
-    strength: float = 2.0  # nats per unit of reward, or per standard deviation of it: greater trusts good leaves more
+    strength: float = (
+        BY_MODE  # nats per unit of reward, or per standard deviation of it: greater trusts good leaves more
+    )
     scale: Literal["given", "std"] = "std"  # "std": strength and c_uct are per standard deviation of the first leaves
     calibration: int = 8  # valid leaves that settle that deviation; if they all tie, it waits for one that differs
-    c_uct: float = 1.0  # DTS* only, in the strength's unit of reward: greater goes back to rarely visited nodes more
-    width: float = 2.0  # children a node may have after one visit; 1 goes deep sooner
-    growth: float = 0.5  # power of the visits that allows more: 1 never leaves the root; to hunt, try 0.25 at width 1
+    c_uct: float = (
+        BY_MODE  # DTS* only, in the strength's unit of reward: greater goes back to rarely visited nodes more
+    )
+    width: float = BY_MODE  # children a node may have after one visit; 1 goes deep sooner
+    growth: float = BY_MODE  # power of the visits that allows more: 1 never leaves the root
     parallel: int = 1  # leaves a case has in flight: greater fills a device and knows less when it chooses
     iterations: int = 64  # descents per case where neither the call nor the budget says when to stop
     levels: tuple[int, ...] = ()  # levels that may hold siblings, 0 being the noise; empty: all
@@ -56,6 +68,9 @@ class TreeConfig:
         for name, known in (("mode", ("search", "sample")), ("scale", ("given", "std"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"tree.{name} is {getattr(self, name)!r}. Use one of: {', '.join(known)}.")
+        for name, value in SETTINGS[self.mode].items():
+            if getattr(self, name) is BY_MODE:
+                object.__setattr__(self, name, value)
         for name in ("strength", "c_uct", "width", "growth"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"tree.{name} is {getattr(self, name)}, but it must be finite and not negative.")
@@ -65,7 +80,7 @@ class TreeConfig:
         if self.width == 0 or self.growth > 1:
             raise ConfigError(
                 f"tree.width is {self.width} and tree.growth {self.growth}, but a node needs a width above 0, and "
-                "growth above 1 would never descend. Try width=2, growth=0.5."
+                "growth above 1 would never descend. Leave them out for the mode's own."
             )
         if self.visits_start not in (0, 1):
             raise ConfigError(f"tree.visits_start is {self.visits_start}, but a new node counts as seen 0 or 1 times.")

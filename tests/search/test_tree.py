@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,14 @@ from diffalign.search.nodes import Nodes, soft_value
 from diffalign.search.tree import Tree, TreeConfig, grow
 from tests.search.toys import FiniteChain, ToyChain, exact, gaussian_chain, judge_of, linear, mixture_chain
 
-DTS = TreeConfig(mode="sample", scale="given", strength=1.0)
-DTS_STAR = TreeConfig(scale="given", strength=2.0)
+
+def wide(**changes: Any) -> TreeConfig:
+    """The tree of the spec's laws, whatever the defaults are; `changes` on top."""
+    return TreeConfig(**{"strength": 2.0, "c_uct": 1.0, "width": 2.0, "growth": 0.5} | changes)
+
+
+DTS = wide(mode="sample", scale="given", strength=1.0)
+DTS_STAR = wide(scale="given", strength=2.0)
 
 
 def grown(chain: ToyChain, config: TreeConfig = DTS_STAR, iterations: int | None = None, rate=linear(1.0)) -> Tree:
@@ -64,7 +71,7 @@ def test_dts_estimates_the_soft_value_and_samples_the_tilted_law() -> None:
 
 def test_a_tree_of_fixed_shape_is_unbiased_for_the_partition_function() -> None:
     chain = gaussian_chain(steps=6, cases=200, seed=7)
-    tree = grown(chain, TreeConfig(scale="given", strength=1.0, fixed=(2, 2, 2, 2), parallel=4), 100)
+    tree = grown(chain, wide(scale="given", strength=1.0, fixed=(2, 2, 2, 2), parallel=4), 100)
     z = tree.result().value.double().exp()
     assert abs(float(z.mean()) - math.exp(exact(chain).log_z(1.0))) < 3 * float(z.std()) / math.sqrt(200)
     assert tree.result().population.unique(dim=0).tolist() == [[2, 4, 8, 16, 16, 16, 16]]
@@ -72,7 +79,7 @@ def test_a_tree_of_fixed_shape_is_unbiased_for_the_partition_function() -> None:
 
 
 def test_without_strength_the_root_is_the_mean_of_leaves_weighted_by_their_siblings() -> None:
-    nodes = grown(gaussian_chain(steps=4), TreeConfig(mode="sample", scale="given", strength=0.0), 60).cases[0]
+    nodes = grown(gaussian_chain(steps=4), wide(mode="sample", scale="given", strength=0.0), 60).cases[0]
     weighted = 0.0
     for leaf in nodes.leaves:
         node, weight = leaf, 1.0
@@ -81,15 +88,13 @@ def test_without_strength_the_root_is_the_mean_of_leaves_weighted_by_their_sibli
             weight /= len(nodes.children[node])
         weighted += weight * nodes.value[leaf]
     assert nodes.value[0] == pytest.approx(weighted, abs=1e-9)
-    weak = grown(gaussian_chain(steps=4), TreeConfig(mode="sample", scale="given", strength=1e-7), 60)
+    weak = grown(gaussian_chain(steps=4), wide(mode="sample", scale="given", strength=1e-7), 60)
     assert weak.value(0) == pytest.approx(weighted, abs=0.05)  # nearly uniform descents: nearly the same tree
 
 
 @pytest.mark.parametrize("scale", ["given", "std"])
 def test_a_constant_reward_is_the_value_of_every_node(scale) -> None:
-    tree = grown(
-        gaussian_chain(cases=2), TreeConfig(scale=scale), 40, lambda media, rows: torch.full((len(rows),), 3.0)
-    )
+    tree = grown(gaussian_chain(cases=2), wide(scale=scale), 40, lambda media, rows: torch.full((len(rows),), 3.0))
     assert all(set(nodes.value) == {3.0} for nodes in tree.cases)
     assert all(
         max(nodes.visits[child] for child in nodes.children[0]) <= 40 / 4 for nodes in tree.cases
@@ -99,7 +104,7 @@ def test_a_constant_reward_is_the_value_of_every_node(scale) -> None:
 @pytest.mark.parametrize("mode", ["search", "sample"])
 @pytest.mark.parametrize("scale", ["given", "std"])
 def test_adding_a_constant_shifts_every_value_and_changes_no_choice(mode, scale) -> None:
-    config = TreeConfig(mode=mode, scale=scale)
+    config = wide(mode=mode, scale=scale)
     plain = grown(gaussian_chain(cases=2, steps=5), config, 50, rounded)
     moved = grown(gaussian_chain(cases=2, steps=5), config, 50, lambda media, rows: rounded(media, rows) + 16)
     assert shape_of(plain) == shape_of(moved)
@@ -112,20 +117,20 @@ def test_strength_and_unit_of_reward_are_one_setting() -> None:
         return 2 * rounded(media, rows)
 
     for mode in ("search", "sample"):
-        strong = TreeConfig(mode=mode, scale="given", strength=2.0, c_uct=1.0)
-        weak = TreeConfig(mode=mode, scale="given", strength=1.0, c_uct=2.0)
+        strong = wide(mode=mode, scale="given", strength=2.0, c_uct=1.0)
+        weak = wide(mode=mode, scale="given", strength=1.0, c_uct=2.0)
         a = grown(gaussian_chain(cases=2, steps=5), strong, 50, rounded)
         b = grown(gaussian_chain(cases=2, steps=5), weak, 50, doubled)
         assert shape_of(a) == shape_of(b)
         assert b.value(0) == pytest.approx(2 * a.value(0), abs=1e-9)
-        free = TreeConfig(mode=mode, scale="std")
+        free = wide(mode=mode, scale="std")
         a, b = (grown(gaussian_chain(cases=2, steps=5), free, 50, rate) for rate in (rounded, doubled))
         assert shape_of(a) == shape_of(b)
         assert b.value(1) == pytest.approx(2 * a.value(1), abs=1e-9)
 
 
 def test_the_deviation_is_that_of_the_first_leaves_and_stays() -> None:
-    config = TreeConfig(calibration=5, strength=3.0)
+    config = wide(calibration=5, strength=3.0)
     chain = gaussian_chain()
     judge = judge_of(chain, linear(1.0))
     tree = grow(chain, judge, config, iterations=5)
@@ -150,7 +155,7 @@ def test_values_of_a_finite_chain_approach_dynamic_programming() -> None:
         chain = FiniteChain(cases=8)
         tree = grown(
             chain,
-            TreeConfig(scale="given", strength=1.0, fixed=fixed, parallel=4),
+            wide(scale="given", strength=1.0, fixed=fixed, parallel=4),
             400,
             lambda media, rows: rewards[media[:, 0].long()],
         )
@@ -164,7 +169,7 @@ def test_values_of_a_finite_chain_approach_dynamic_programming() -> None:
 @pytest.mark.parametrize("start", [0, 1])
 def test_the_counts_of_a_tree_add_up(mode, start) -> None:
     chain = gaussian_chain(steps=5, cases=2, cost=3)
-    tree = grown(chain, TreeConfig(mode=mode, visits_start=start), 150)
+    tree = grown(chain, wide(mode=mode, visits_start=start), 150)
     for nodes in tree.cases:
         assert nodes.visits[0] == 150
         assert all(nodes.level[leaf] == 5 and not nodes.children[leaf] for leaf in nodes.leaves)
@@ -183,7 +188,7 @@ def test_the_counts_of_a_tree_add_up(mode, start) -> None:
 
 
 def test_values_recomputed_from_the_leaves_are_the_stored_ones() -> None:
-    for config in (TreeConfig(), DTS, TreeConfig(parallel=4)):
+    for config in (wide(), DTS, wide(parallel=4)):
         nodes = grown(gaussian_chain(steps=5), config, 60, spotty).cases[0]
         stored = torch.tensor(nodes.value, dtype=torch.float64)
         nodes.renew()
@@ -214,7 +219,7 @@ def test_search_reaches_a_rare_mode_in_a_fifth_of_the_budget_of_best_of_n() -> N
     modes = {"weights": (0.6, 0.39, 0.01), "means": (-1.5, 0.0, 1.5), "deviation": 0.3}
     chain = mixture_chain(**modes, cases=32, budget=600, seed=77)
     judge = judge_of(chain, lambda media, rows: -(media[:, 0] - 1.5).abs())
-    grow(chain, judge, TreeConfig(width=1.0, growth=0.25, c_uct=0.5, strength=5.0))
+    grow(chain, judge, TreeConfig())
     pool = plain_draws(mixture_chain(**modes), 20000)
     assert float(((pool - 1.5).abs() < 0.6).float().mean()) < 0.01
     with_five_times_as_much = float(curve(-(pool - 1.5).abs(), ns=[5 * 60]))
@@ -224,7 +229,7 @@ def test_search_reaches_a_rare_mode_in_a_fifth_of_the_budget_of_best_of_n() -> N
 @pytest.mark.parametrize("parallel", [1, 3])
 @pytest.mark.parametrize("mode", ["search", "sample"])
 def test_a_case_grows_the_same_tree_alone_and_in_a_batch(mode, parallel) -> None:
-    config = TreeConfig(mode=mode, parallel=parallel)
+    config = wide(mode=mode, parallel=parallel)
     batch = grown(gaussian_chain(cases=3, budget=150), config, rate=spotty)
     for k in range(3):
         alone = grown(gaussian_chain(seed=1000 * k, budget=150), config, rate=spotty)
@@ -232,7 +237,7 @@ def test_a_case_grows_the_same_tree_alone_and_in_a_batch(mode, parallel) -> None
 
 
 def test_seeds_repeat() -> None:
-    a, b, other = (grown(gaussian_chain(seed=seed), TreeConfig(mode="sample"), 30).cases[0] for seed in (3, 3, 4))
+    a, b, other = (grown(gaussian_chain(seed=seed), wide(mode="sample"), 30).cases[0] for seed in (3, 3, 4))
     assert same(a, b)
     assert not same(a, other)
 
@@ -241,7 +246,7 @@ def test_seeds_repeat() -> None:
 @pytest.mark.parametrize("mode", ["search", "sample"])
 @pytest.mark.parametrize("cut", [5, 9, 26])
 def test_a_saved_tree_grows_on_as_if_never_stopped(mode, parallel, cut) -> None:
-    config = TreeConfig(mode=mode, parallel=parallel)
+    config = wide(mode=mode, parallel=parallel)
     noise = torch.randn(2, 3, 1, generator=torch.Generator().manual_seed(0))
 
     def run(tree: Tree | None, iterations: int) -> Tree:
@@ -257,7 +262,7 @@ def test_a_saved_tree_grows_on_as_if_never_stopped(mode, parallel, cut) -> None:
 
 
 def test_a_restored_tree_answers_as_the_saved_one() -> None:
-    tree = grown(gaussian_chain(cases=2, seed=-5), TreeConfig(parallel=3), 40, spotty)
+    tree = grown(gaussian_chain(cases=2, seed=-5), wide(parallel=3), 40, spotty)
     again = Tree.restore(load(save(tree.state())))
     assert all(same(a, b) for a, b in zip(tree.cases, again.cases, strict=True))
     for name, held in vars(tree.result()).items():
@@ -269,7 +274,7 @@ def test_a_restored_tree_answers_as_the_saved_one() -> None:
 
 @pytest.mark.parametrize("parallel", [1, 4])
 def test_small_budgets_and_an_interruption_change_no_tree(parallel) -> None:
-    config = TreeConfig(parallel=parallel)
+    config = wide(parallel=parallel)
     whole = grown(gaussian_chain(), config, 50).cases[0]
     tree = Tree(gaussian_chain().seeds, 10)
     for limit in (37, 55):
@@ -299,7 +304,7 @@ def test_small_budgets_and_an_interruption_change_no_tree(parallel) -> None:
 def test_no_limit_is_ever_exceeded(limits, parallel) -> None:
     chain = gaussian_chain(cases=3, budget=limits, cost=2)
     judge = judge_of(chain, linear(1.0), rewards=2)
-    tree = grow(chain, judge, TreeConfig(parallel=parallel))
+    tree = grow(chain, judge, wide(parallel=parallel))
     budget = chain.budget
     assert budget.nfe == 2 * sum(rows for _, rows in chain.calls)
     assert budget.decodes == budget.reward_calls // 2 == int(tree.result().leaves.sum())
@@ -318,13 +323,13 @@ def test_a_budget_below_one_walk_is_refused_before_anything_is_spent() -> None:
 
 def test_each_level_is_one_model_call_for_all_cases_and_walks() -> None:
     chain = gaussian_chain(steps=4, cases=3)
-    grown(chain, TreeConfig(parallel=2), 2)
+    grown(chain, wide(parallel=2), 2)
     assert chain.calls == [(i, 6) for i in range(4)]
 
 
 def test_the_first_walks_are_what_the_plain_sampler_draws() -> None:
     chain = gaussian_chain(steps=4)
-    nodes = grown(chain, TreeConfig(parallel=3), 3).cases[0]
+    nodes = grown(chain, wide(parallel=3), 3).cases[0]
     for k in range(3):
         seeds = forked(chain.seeds, [0], [k])
         x = chain.first(seeds, [0])
@@ -360,7 +365,7 @@ def test_a_step_without_noise_has_one_child() -> None:
 
 
 def test_siblings_live_at_the_named_levels_only() -> None:
-    tree = grown(gaussian_chain(steps=6), TreeConfig(levels=(0, 3)), 100)
+    tree = grown(gaussian_chain(steps=6), wide(levels=(0, 3)), 100)
     population = tree.result().population[0].tolist()
     assert population[0] == population[1] == population[2] < population[3] == population[6]
 
@@ -377,7 +382,7 @@ def test_invalid_leaves_are_counted_and_never_win() -> None:
 
 
 def test_with_invalid_leaves_only_the_root_keeps_drawing() -> None:
-    tree = grown(gaussian_chain(), TreeConfig(parallel=2), 20, lambda media, rows: torch.full((len(rows),), math.nan))
+    tree = grown(gaussian_chain(), wide(parallel=2), 20, lambda media, rows: torch.full((len(rows),), math.nan))
     result = tree.result()
     assert result.leaves.tolist() == result.invalid.tolist() == result.population[:, 0].tolist() == [20]
     assert math.isnan(tree.value(0))
@@ -386,7 +391,7 @@ def test_with_invalid_leaves_only_the_root_keeps_drawing() -> None:
 
 
 def test_a_tree_that_cannot_widen_ends() -> None:
-    for config in (TreeConfig(width=1, growth=0, patience=20), TreeConfig(fixed=(1,))):
+    for config in (wide(width=1, growth=0, patience=20), wide(fixed=(1,))):
         chain = gaussian_chain(budget=1000)
         assert grown(chain, config).result().leaves.tolist() == [1]
         assert chain.budget.nfe == 10
@@ -452,3 +457,9 @@ def test_another_call_cannot_take_over_a_tree() -> None:
 def test_a_wrong_setting_names_itself(wrong) -> None:
     with pytest.raises(ConfigError, match=f"tree.{next(iter(wrong))}"):
         TreeConfig(**wrong)
+
+
+def test_what_is_left_out_of_a_config_follows_the_mode() -> None:
+    hunt, draw = TreeConfig(), TreeConfig(mode="sample", growth=0.8)
+    assert (hunt.width, hunt.growth, hunt.c_uct, hunt.strength) == (1.0, 0.25, 0.5, 5.0)
+    assert (draw.width, draw.growth, draw.c_uct, draw.strength) == (2.0, 0.8, 1.0, 2.0)
