@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +13,13 @@ from torch import Tensor
 
 from diffalign import media, scoring
 from diffalign.budget import Budget, Limits, limits_of
+from diffalign.cases import derived_seed
 from diffalign.errors import BudgetError, ConfigError, InvalidReward, ModelError
+from diffalign.judging import ScoringJudge
 from diffalign.report import SearchReport
 from diffalign.request import Request
 from diffalign.restore import checkpointed, steady
-from diffalign.scoring import Score
-from diffalign.search.judge import Judge, Leaf
+from diffalign.search.judge import Leaf
 from diffalign.search.nodes import Tree
 from diffalign.shell import Shell
 from diffalign.walk import PipelineChain
@@ -80,48 +80,6 @@ class Method:
     starts_from_noise: bool = True  # whether it begins at the noise it is given
 
 
-class ScoringJudge(Judge):
-    """A judge that keeps every part of a leaf's score."""
-
-    def __init__(self, session: Session, chain: PipelineChain, **options: Any) -> None:
-        self.session = session
-        self.parts: list[list[dict[str, float]]] = [[] for _ in chain.seeds]
-        self.broken = 0  # images with NaN or infinite pixels
-        self._asked: list[Score] = []  # since the last record, previews among them
-        count = len(getattr(session.reward, "rewards", [session.reward]))
-        super().__init__(chain, self._score, rewards=count, **options)
-
-    def record(
-        self, x: Tensor, media: Tensor, rows: Sequence[int], rewards: Tensor, seeds: Sequence[int] | None = None
-    ) -> Tensor:
-        own: list[Score] = []  # of these very images, which may have been scored in several goes
-        while self._asked and sum(map(len, own)) < len(rows):
-            own.insert(0, self._asked.pop())
-        self._asked.clear()
-        parts = {name: part.detach().tolist() for name, part in Score.concat(own).parts.items()} if own else {}
-        for k, row in enumerate(rows):
-            self.parts[row].append({name: values[k] for name, values in parts.items()})
-        return super().record(x, media, rows, rewards, seeds)
-
-    def mark(self) -> None:
-        super().mark()
-        self.session.show()
-
-    def _score(self, media: Tensor, rows: Sequence[int]) -> Tensor:
-        session = self.session
-        sound = media.detach().flatten(1).isfinite().all(1)  # a model in half precision may overflow for one candidate
-        if not sound.all():
-            self.broken += int((~sound).sum())
-        found = Score(media.new_zeros(0))
-        if sound.any():
-            cases = [session.request.cases[row] for row, whole in zip(rows, sound.tolist(), strict=True) if whole]
-            asked = media if sound.all() else media[sound]
-            found = scoring.score(session.reward, asked, cases, all_invalid=True, **session.score_options)
-        found = found if sound.all() else found.spread(sound)
-        self._asked.append(Score(found.total.detach(), {k: part.detach() for k, part in found.parts.items()}))
-        return found.total
-
-
 class Session:
     """One call: prompts in lock-step through one or more methods that share chain, judge and budget."""
 
@@ -165,7 +123,16 @@ class Session:
         )
 
     def _judge(self, chain: PipelineChain, top_k: int) -> ScoringJudge:
-        return ScoringJudge(self, chain, top_k=top_k, on_improve=self._improved, at_once=self.options.rows_at_once)
+        return ScoringJudge(
+            chain,
+            self.request.cases,
+            self.reward,
+            show=self.show,
+            asked=self.score_options,
+            top_k=top_k,
+            on_improve=self._improved,
+            at_once=self.options.rows_at_once,
+        )
 
     def run(self, name: str, methods: Sequence[tuple[Method, float]]) -> Any:
         """Each method in turn, with its share of the budget; Ctrl-C gives back the best so far."""
@@ -210,6 +177,24 @@ class Session:
             noise = found.noise if found.noise is not None else noise
             self.extras |= found.extras
 
+    def while_time_lasts(self, once: Callable[[], Found]) -> Found:
+        """A method that runs once, again and again from fresh seeds until the seconds of the budget are over."""
+        own, budget, number = list(self.chain.seeds), self.budget, 0
+        start = budget.nfe, budget.seconds
+        found = once()
+        while budget.limits.seconds is not None:
+            nfe, seconds = budget.nfe - start[0], budget.seconds - start[1]
+            if not budget.allows(nfe=nfe, seconds=seconds):  # the next run may cost what the last one did
+                break
+            start, best, number = (budget.nfe, budget.seconds), self.judge.best_reward().sum(), number + 1
+            self.chain.seeds = [derived_seed(seed, "round", number) for seed in own]
+            try:
+                again = once()
+            finally:
+                self.chain.seeds = own
+            found = again if self.judge.best_reward().sum() > best else found
+        return found
+
     def another(self, changes: Mapping[str, Any]) -> ScoringJudge:
         """A judge over the same cases and budget whose chain runs the stock call with other arguments."""
         return self._judge(self._chain(self._call | dict(changes)), self.judge.top_k)
@@ -234,7 +219,7 @@ class Session:
             self.bar.update(self.budget.nfe - self.bar.n)
 
     def report(self, name: str) -> SearchReport:
-        scores, counts = self._scores()
+        scores, counts = self.judge.table()
         best = torch.tensor([[leaf.number for leaf in kept[: self.top_k]] for kept in self.judge.best])
         chosen = {"reward_version": self.reward.version, "kernel": self.chain.kernel_name}
         return SearchReport(
@@ -252,18 +237,6 @@ class Session:
             kept=self.judge.best,
             tree=self.tree,
         )
-
-    def _scores(self) -> tuple[Score, list[int]]:
-        """Leaves as (P, N), rows filled up with NaN, and how many each prompt has."""
-        counts = [len(row) for row in self.judge.leaves]
-
-        def table(rows: list[list[float]]) -> Tensor:
-            return torch.tensor([row + [math.nan] * (max(counts) - len(row)) for row in rows])
-
-        names = dict.fromkeys(name for row in self.judge.parts for parts in row for name in parts)
-        parts = {n: table([[p.get(n, math.nan) for p in row] for row in self.judge.parts]) for n in names}
-        total = table([[leaf.reward for leaf in row] for row in self.judge.leaves])
-        return Score(total, parts, ~total.isnan()), counts
 
     def _assemble(self) -> Any:
         for case, kept, row in zip(self.request.cases, self.judge.best, self.judge.leaves, strict=True):

@@ -34,11 +34,12 @@ from diffalign.searching import Found, Improvement, Method, Session
 
 @dataclass(frozen=True)
 class Kind:
-    """One method: its config, its algorithm, and whether it looks at unfinished latents."""
+    """One method: its config, its algorithm, and how it looks and ends."""
 
     config: type
     run: Callable[..., Any]
-    values: bool = True
+    values: bool = True  # whether it looks at unfinished latents
+    once: bool = False  # whether a run ends by itself, whatever time is left
 
 
 KINDS = {
@@ -48,7 +49,7 @@ KINDS = {
     "stepwise": Kind(StepwiseConfig, search_steps),
     "beam": Kind(BeamConfig, search_beam),
     "decisive": Kind(DecisiveConfig, search_decisive),
-    "svdd": Kind(SVDDConfig, search_svdd),
+    "svdd": Kind(SVDDConfig, search_svdd, once=True),
 }
 Veto = Callable[[Tensor, list[Case]], Tensor]  # (media, cases) -> (K,) bool, true where an image must not be shown
 
@@ -104,7 +105,11 @@ class SearchPipeline(SearchShell):
             if veto is not None:
                 cases = session.request.cases
                 extra["veto"] = lambda media, rows: veto(media, [cases[row] for row in rows])
-            found = kind.run(session.chain, session.judge, config, **extra)
-            return Found(getattr(found, "noise", None), {"search": {"method": name}})
+
+            def once() -> Found:
+                found = kind.run(session.chain, session.judge, config, **extra)
+                return Found(getattr(found, "noise", None), {"search": {"method": name}})
+
+            return session.while_time_lasts(once) if kind.once else once()
 
         return Method(run, starts_from_noise=name == "zero_order")

@@ -61,10 +61,15 @@ class SMCPipeline(SearchShell):
             if config.proposal == "gradient":
                 scoring.require_gradient(session.reward, "the gradient proposal of smc")
             chosen = None if value is None else value_of(value, session.judge, config.strength)
-            with session.gradients() if config.proposal == "gradient" else nullcontext():
-                found = core.run(session.chain, session.judge, config, value=chosen, noise=noise)
             names = ("log_z", "strength", "ancestors", "levels", "ess", "resampled", "invalid", "stalled")
-            return Found(_noise_of_best(session, found, noise), {"smc": {name: getattr(found, name) for name in names}})
+
+            def once() -> Found:
+                with session.gradients() if config.proposal == "gradient" else nullcontext():
+                    found = core.run(session.chain, session.judge, config, value=chosen, noise=noise)
+                told = {name: getattr(found, name) for name in names}
+                return Found(_noise_of_best(session, found, noise), {"smc": told})
+
+            return session.while_time_lasts(once)
 
         return Method(run)
 

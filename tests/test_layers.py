@@ -27,7 +27,7 @@ LAYERS = [  # each may import itself and what stands before it
     {"search", "world"},
     {"drive", "arguments", "looping", "stage", "standin", "steering", "tap", "restore", "attention"},
     {"conformance", "recording", "snapshot", "borrowed", "report", "shell", "walk", "zoo"}
-    | {"searching", "search_shell", "trees", "aligning"},
+    | {"judging", "searching", "search_shell", "trees", "aligning"},
     {"train", "gallery", "bench"},
     {"cli"},
 ]

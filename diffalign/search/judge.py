@@ -90,6 +90,11 @@ class Judge:
         ahead = nfe * budget.seconds / budget.nfe if budget.nfe else 0.0
         return budget.allows(nfe=nfe, decodes=scored, reward_calls=scored * self.rewards, seconds=ahead)
 
+    @property
+    def unpaced(self) -> bool:
+        """Whether seconds are limited, but nothing was spent yet that could foretell them."""
+        return self.chain.budget.limits.seconds is not None and not self.chain.budget.nfe
+
     def require(self, *, nfe: int, scored: int, what: str) -> None:
         """Raise before anything is spent if the smallest run (`nfe` and `scored` summed over cases) does not fit."""
         budget, cases = self.chain.budget, len(self.chain.seeds)

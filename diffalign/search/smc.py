@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffalign.budget import BACKWARD_COST
+from diffalign.budget import BACKWARD_COST, Limits
 from diffalign.errors import ConfigError
 from diffalign.search.chain import Chain
 from diffalign.search.judge import Judge
@@ -128,7 +128,8 @@ def run(
 ) -> SMCResult:
     """Walk K particles of every case in lock-step; `noise` (B, ...) replaces the start noise of each particle 0.
 
-    `value` defaults to the reward of the clean prediction. A limit in seconds ends only the closing moves.
+    `value` defaults to the reward of the clean prediction. Seconds are foretold from what was spent before, so a budget
+    in seconds alone gives a first run one particle; repeat the run on the same chain to spend the rest.
     """
     plan = Plan(chain, judge, config, value)
     count = plan.particles()
@@ -203,7 +204,9 @@ class Plan:
         limits, cases = self.chain.budget.limits, len(self.chain.seeds)
         if self.config.particles:
             return self.config.particles
-        if limits.nfe is None and limits.decodes is None and limits.reward_calls is None:
+        if self.judge.unpaced:
+            return 1  # a first walk shows how long one takes
+        if limits == Limits():
             return 8
         costs = [self.cost(2), *self._moves()]
         nfe, scored = (sum(cost[part] for cost in costs) for part in (0, 1))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffalign.budget import Limits
 from diffalign.errors import ConfigError
 from diffalign.noise import case_noise, forked
 from diffalign.search.chain import Chain
@@ -100,7 +101,9 @@ def _candidates(chain: Chain, judge: Judge, config: SVDDConfig, value: Value) ->
     limits, cases = chain.budget.limits, len(chain.seeds)
     if config.candidates:
         return config.candidates
-    if limits.nfe is None and limits.decodes is None and limits.reward_calls is None:
+    if judge.unpaced:
+        return 1  # a first walk shows how long one takes
+    if limits == Limits():
         return 20
     count = 1
     while count < _MOST:
