@@ -55,8 +55,13 @@ class Score:
     def concat(cls, scores: Sequence[Score]) -> Score:
         """Rows of several scores in order; a part that one of them lacks is NaN there."""
         names = dict.fromkeys(name for s in scores for name in s.parts)
-        parts = {n: torch.cat([s.parts.get(n, torch.full_like(s.total, torch.nan)) for s in scores]) for n in names}
-        return cls(torch.cat([s.total for s in scores]), parts, torch.cat([s.valid for s in scores]))
+        place = scores[0].total.device  # a reward may answer from another device than the one it was asked on
+
+        def joined(columns: Iterable[Tensor]) -> Tensor:
+            return torch.cat([column.to(place) for column in columns])
+
+        parts = {n: joined(s.parts.get(n, torch.full_like(s.total, torch.nan)) for s in scores) for n in names}
+        return cls(joined(s.total for s in scores), parts, joined(s.valid for s in scores))
 
     def select(self, index: Any) -> Score:
         """The rows at `index`, which is whatever indexes a tensor: numbers, a slice, a mask."""

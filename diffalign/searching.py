@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,8 @@ class Session:
     def run(self, name: str, methods: Sequence[tuple[Method, float]]) -> Any:
         """Each method in turn, with its share of the budget; Ctrl-C gives back the best so far."""
         total = self.budget.limits.nfe
-        with self.pipe.one_bar(None if total is None else total * self.budget.prompts) as self.bar:
+        shown = self.pipe.one_bar(None if total is None else total * self.budget.prompts)
+        with closing(self), shown as self.bar:
             self.bar.set_description(name)
             try:
                 self._run_all(methods)
@@ -145,18 +146,19 @@ class Session:
                 if not all(self.judge.best):
                     raise
                 self.notes.append("interrupted: this is the best so far")
-            finally:
-                self.chain.close()
+            output = self._assemble()  # may decode, so offloaded modules go home only after it
         if self.judge.broken:
             self.notes.append(f"{self.judge.broken} images had NaN or infinite pixels and were dropped")
         if self.judge.constant:
             self.notes.append(f"reward '{self.reward.name}' gave every candidate the same value: search cannot help")
             warnings.warn(f"{self.notes[-1]}. Check that the reward reads these images, or use another.", stacklevel=4)
-        output = self._assemble()
         self.pipe.report = self.report(name)
         if not isinstance(output, tuple):
             output.report = self.pipe.report
         return output
+
+    def close(self) -> None:
+        self.chain.close()
 
     def _run_all(self, methods: Sequence[tuple[Method, float]]) -> None:
         whole, noise, share = self.budget.limits, None, 0.0

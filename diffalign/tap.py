@@ -22,10 +22,11 @@ REMEMBERED = re.compile(r"^_?(encode_|prepare_image|prepare_control|prepare_mask
 
 
 class Memory:
-    """Results of pure calls by equal arguments, for the length of one of our calls."""
+    """Results of pure calls by equal arguments, for the length of one of our calls; the oldest go first."""
 
-    def __init__(self, keep: int = 32) -> None:
-        self.keep = keep
+    def __init__(self, keep: int = 32, most: int = 1 << 30) -> None:
+        self.keep = keep  # results of each component
+        self.most = most  # bytes of each component's results; the latest stays, however large
         self.scope = ""  # differs while adapters are off, so that their outputs do not mix
         self._entries: dict[str, list[tuple[Any, Any]]] = {}
 
@@ -42,7 +43,18 @@ class Memory:
         value = function(*args, **kwargs)
         if not _has_gradient(value) and torch.equal(noise, torch.get_rng_state()):
             entries[:] = [*entries[-self.keep :], (key, value)]
+            while len(entries) > 1 and sum(_bytes(kept) for _, kept in entries) > self.most:
+                del entries[0]
         return _hand_out(value)
+
+
+def _bytes(value: Any) -> int:
+    """Memory of the tensors in a result."""
+    if isinstance(value, Tensor):
+        return value.nelement() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, tuple | list) else 0
 
 
 class _Unfrozen(Exception):

@@ -24,8 +24,8 @@ class Demo(ModelVerb):
 
     A tiny model draws coloured shapes; a CLIP that was trained beside it steers and picks; an exact verifier then says
     which images are really right. The verifier never takes part in the choice. Every method has the budget of N plain
-    images. ReNO climbs the start noise of the one-step student, whose plain image stands beside it; with another --model
-    it climbs through few steps and then draws once with all of them. No network is needed.
+    images. ReNO climbs the start noise of the one-step student, whose plain image stands beside it; with another
+    --model it climbs through few steps and then draws once with all of them. No network is needed.
 
     Writes OUT/sheet.png (side by side) and OUT/card.json.
 
