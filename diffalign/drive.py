@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffalign import arguments
 from diffalign.arguments import undecorated
-from diffalign.budget import BACKWARD_COST, Budget
+from diffalign.budget import BACKWARD_COST
 from diffalign.cases import Case
 from diffalign.errors import SeamError
 from diffalign.looping import Loop
@@ -28,9 +28,8 @@ from diffalign.noise import Convention, Kernel, Levels, Transition, case_noise, 
 from diffalign.restore import adapters_off
 from diffalign.standin import copy_of
 from diffalign.steering import Run
-from diffalign.tap import Memory, Tap, Watch
 
-__all__ = ["Driver", "Trajectory", "grad_call", "metered", "undecorated"]
+__all__ = ["Driver", "Trajectory", "grad_call", "undecorated"]
 
 
 KEPT_SELECTIONS = 64  # drivers of other rows that one driver remembers
@@ -282,31 +281,3 @@ def grad_call(pipe: Any, **call: Any) -> Any:
             return undecorated(pipe)(**call)
     finally:
         pipe.__dict__["scheduler"] = scheduler  # the copy may hold parts of the graph
-
-
-@contextmanager
-def metered(pipe: Any, budget: Budget) -> Iterator[None]:
-    """Charge `budget` for every stock call of `pipe` inside the block; the calls themselves are untouched."""
-    watch, own, scheduler = Watch(Memory(), {}), pipe.__dict__, pipe.scheduler
-    watch.run = Run(_native, order=0, current=torch.empty(0))
-    modules = {k: m for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
-    native_step = scheduler.step
-
-    @functools.wraps(native_step)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        watch.on_step()
-        return native_step(*args, **kwargs)
-
-    def free(*args: Any, **kwargs: Any) -> Any:
-        own.update(modules)  # hooks belong on the modules, not on their taps
-        return type(pipe).maybe_free_model_hooks(pipe, *args, **kwargs)
-
-    own.update({k: Tap(k, m, watch) for k, m in modules.items()}, maybe_free_model_hooks=free)
-    scheduler.__dict__["step"] = step
-    try:
-        yield
-    finally:
-        scheduler.__dict__.pop("step", None)
-        own.pop("maybe_free_model_hooks", None)
-        own.update(modules)
-        budget.charge(nfe=watch.rows)

@@ -21,11 +21,12 @@ from diffalign import arguments
 from diffalign.budget import Budget
 from diffalign.cases import Case
 from diffalign.errors import DiffalignError, ModelError, SeamError
+from diffalign.memory import Memory, same_bits
 from diffalign.restore import KeptState
 from diffalign.stage import Stage
-from diffalign.standin import stand_in
+from diffalign.standin import stand_in, unstepped
 from diffalign.steering import Answer, IndexUnseen, Previewed, Run, with_true_index
-from diffalign.tap import Memory, Watch, taps_on
+from diffalign.tap import Watch, taps_on
 
 LEARNT = (  # what holds for a pipeline and its arguments whatever the rows and seeds
     "_timesteps",
@@ -153,7 +154,7 @@ class Loop:
         return clean or (first == 0 and self._passes_latents and not self._is_own_start(x))
 
     def _is_own_start(self, x: Tensor) -> bool:
-        return self._first is not None and not x.requires_grad and _same_bits(x, self._first)
+        return self._first is not None and not x.requires_grad and same_bits(x, self._first)
 
     def _guard(self, run: Run, x: Tensor | None, answer: Answer) -> Answer:
         """Blank steps give x back; the first real step must see x, bit for bit."""
@@ -162,9 +163,9 @@ class Loop:
         def guarded(index: int, prediction: Tensor, sample: Tensor) -> Tensor | None:
             if run.blanked:
                 return x if x is not None else sample
-            if fresh and x is not None and not _same_bits(sample, x):
+            if fresh and x is not None and not same_bits(sample, x):
                 raise LatentsChanged
-            if not fresh and run.last is not None and not _same_bits(sample, run.last):
+            if not fresh and run.last is not None and not same_bits(sample, run.last):
                 self._moves_latents = True
             fresh.clear()
             if not torch.isfinite(prediction).all():
@@ -210,7 +211,8 @@ class Loop:
         whole: bool = False,
     ) -> Any:
         """The stock call under `run`; returns its media field, or its `whole` output object."""
-        self._live = [g.clone_state() for g in generators or map(_generator, self.seeds)]
+        fresh = (torch.Generator("cpu").manual_seed(seed) for seed in self.seeds)
+        self._live = [g.clone_state() for g in generators or fresh]
         own = {
             "generator": self._live[0] if self.batch == 1 else self._live,
             "output_type": output_type or self._raw,
@@ -256,10 +258,9 @@ class Loop:
             seen = self._sample_at_first_step(latents=x)
         except Exception:
             return False
-        self._passes_latents = seen is not None and _same_bits(seen, x)
-        untouched = all(
-            torch.equal(g.get_state(), _generator(s).get_state()) for g, s in zip(self._live, self.seeds, strict=True)
-        )
+        self._passes_latents = seen is not None and same_bits(seen, x)
+        fresh = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
+        untouched = all(torch.equal(g.get_state(), f.get_state()) for g, f in zip(self._live, fresh, strict=True))
         return self._passes_latents and untouched  # else later draws would not be the stock call's
 
     def _sample_at_first_step(self, *, latents: Tensor | None = None) -> Tensor | None:
@@ -296,17 +297,4 @@ class Loop:
 
     def native_scheduler(self) -> Any:
         """The native scheduler after the pipeline's own `set_timesteps`, with no step taken."""
-        plain = copy.deepcopy(self.scheduler)
-        plain.__dict__.pop("step", None)
-        plain.__dict__.update({k: None for k in ("_begin_index", "_step_index") if k in plain.__dict__})
-        return plain
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def _same_bits(a: Any, b: Tensor) -> bool:
-    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return a is b or torch.equal(a.detach(), b.detach())
+        return unstepped(self.scheduler)

@@ -64,11 +64,12 @@ class Shell:
     def render(self, arguments: dict[str, Any], budget: Budget) -> tuple[Any, Tensor]:
         """One metered stock call: its output, and the pixels (R, [F,] 3, H, W) in [0, 1] that a reward looks at."""
         from diffalign import drive, media
+        from diffalign.metering import metered
 
         asked = self._output_type(arguments)
         latents = media.LastLatents(arguments) if asked == "latent" else None
         changes = latents.arguments if latents else {"output_type": "pt"} if asked else {}
-        with drive.metered(self, budget):
+        with metered(self, budget):
             output = self.call_stock(**arguments | changes)
         fields, key = media.open_output(output)
         if latents:

@@ -163,3 +163,11 @@ class _Output(dict[str, Any]):
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(self.values())
+
+
+def unstepped(scheduler: Any) -> Any:
+    """A plain copy of a stand-in, with its timesteps and no step taken."""
+    plain = copy.deepcopy(scheduler)
+    plain.__dict__.pop("step", None)
+    plain.__dict__.update({k: None for k in ("_begin_index", "_step_index") if k in plain.__dict__})
+    return plain

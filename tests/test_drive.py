@@ -11,8 +11,9 @@ import torch
 from diffalign.borrowed import temporary_lora
 from diffalign.budget import Budget
 from diffalign.cases import Case
-from diffalign.drive import Driver, grad_call, metered, undecorated
+from diffalign.drive import Driver, grad_call, undecorated
 from diffalign.errors import ConfigError, ModelError, SeamError
+from diffalign.metering import metered
 from diffalign.noise import cps, ddim, flow_sde
 from diffalign.recording import difference
 from diffalign.restore import frozen

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign import drive, media, registry, scoring
+from diffalign import media, registry, scoring
 from diffalign.budget import Budget
 from diffalign.cases import Case, batched
 from diffalign.intervals import Interval, bootstrap, wilson
+from diffalign.metering import metered
 from diffalign.scoring import Score
 
 STOCK = "stock"
@@ -78,7 +79,7 @@ def _stock(
     done: Sampled, pipe: Any, cases: list[Case], reward: Any, asked: dict[str, Any], options: Mapping[str, Any]
 ) -> None:
     budget = Budget(prompts=len(cases))
-    with drive.metered(pipe, budget):
+    with metered(pipe, budget):
         output = pipe(**asked, output_type="pt")
     fields, key = media.open_output(output)
     pixels = media.to_tensor(fields[key])
