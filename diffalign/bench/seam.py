@@ -42,10 +42,10 @@ def measure(config: SeamBench | None = None, *, on_step: Callable[[str], None] =
     x = driver.start()
     bare = _bare_call(driver, x)
     on_step("timing predict")
-    predicts = [_pair(bare, lambda: driver.predict(x, config.steps // 2)) for _ in range(config.repeats + 2)][2:]
+    predicts = alternated(bare, lambda: driver.predict(x, config.steps // 2), config.repeats, unused=2)
     on_step("timing rollouts")
     stock = _stock_call(pipe, call)
-    rollouts = [_pair(stock, lambda: Driver(pipe, **call).rollout(quiet=True)) for _ in range(config.rollouts + 1)][1:]
+    rollouts = alternated(stock, lambda: Driver(pipe, **call).rollout(quiet=True), config.rollouts)
     return {
         "predict_ratio": median(b / a for a, b in predicts),
         "rollout_ratio": median(b / a for a, b in rollouts),
@@ -56,8 +56,11 @@ def measure(config: SeamBench | None = None, *, on_step: Callable[[str], None] =
     }
 
 
-def _pair(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
-    return _seconds(first), _seconds(second)
+def alternated(
+    first: Callable[[], Any], second: Callable[[], Any], count: int, *, unused: int = 1
+) -> list[tuple[float, float]]:
+    """Seconds of both, taken in turn `count` times after `unused` rounds that warm them up."""
+    return [(_seconds(first), _seconds(second)) for _ in range(count + unused)][unused:]
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -103,9 +106,9 @@ def _stock_call(pipe: Any, call: dict[str, Any]) -> Callable[[], Any]:
 def _sized_model(config: SeamBench) -> tuple[Any, dict[str, Any]]:
     """A random SD3 pipeline without text encoders; layers are added until a guided call takes `model_ms`."""
     layers = 2
-    pipe, call = _random_sd3(layers, config.seed)
+    pipe, call = random_sd3(layers, config.seed)
     per_layer = _layer_seconds(pipe, call) / layers
-    return _random_sd3(max(1, round(config.model_ms / 1000 / per_layer)), config.seed)
+    return random_sd3(max(1, round(config.model_ms / 1000 / per_layer)), config.seed)
 
 
 def _layer_seconds(pipe: Any, call: dict[str, Any]) -> float:
@@ -114,7 +117,8 @@ def _layer_seconds(pipe: Any, call: dict[str, Any]) -> float:
     return median(_seconds(bare) for _ in range(7))
 
 
-def _random_sd3(layers: int, seed: int) -> tuple[Any, dict[str, Any]]:
+def random_sd3(layers: int, seed: int, *, heads: int = 6, side: int = 32) -> tuple[Any, dict[str, Any]]:
+    """A random SD3 pipeline of this depth, width and latent side, without text encoders, and its call."""
     from diffusers import (
         AutoencoderTiny,
         FlowMatchEulerDiscreteScheduler,
@@ -125,19 +129,20 @@ def _random_sd3(layers: int, seed: int) -> tuple[Any, dict[str, Any]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = SD3Transformer2DModel(
-            sample_size=32,
+            sample_size=side,
             patch_size=2,
             in_channels=4,
             out_channels=4,
             num_layers=layers,
             attention_head_dim=64,
-            num_attention_heads=6,
+            num_attention_heads=heads,
             joint_attention_dim=64,
-            caption_projection_dim=384,
+            caption_projection_dim=64 * heads,
             pooled_projection_dim=64,
-            pos_embed_max_size=32,
+            pos_embed_max_size=side,
         )
-        vae = AutoencoderTiny(latent_channels=4, scaling_factor=1.0, shift_factor=0.0)
+        blocks = {f"{half}coder_block_out_channels": (min(64, 8 * heads),) * 4 for half in ("en", "de")}
+        vae = AutoencoderTiny(latent_channels=4, scaling_factor=1.0, shift_factor=0.0, **blocks)
         embeds = {"prompt_embeds": torch.randn(1, 16, 64), "negative_prompt_embeds": torch.randn(1, 16, 64)}
         pooled = {"pooled_prompt_embeds": torch.randn(1, 64), "negative_pooled_prompt_embeds": torch.randn(1, 64)}
     parts = dict.fromkeys(
@@ -146,4 +151,4 @@ def _random_sd3(layers: int, seed: int) -> tuple[Any, dict[str, Any]]:
     pipe = StableDiffusion3Pipeline(
         transformer=transformer.eval(), vae=vae.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), **parts
     )
-    return pipe, {**embeds, **pooled, "height": 256, "width": 256, "guidance_scale": 4.0}
+    return pipe, {**embeds, **pooled, "height": 8 * side, "width": 8 * side, "guidance_scale": 4.0}

@@ -48,4 +48,39 @@ class Seam(Verb):
         return found
 
 
-VERBS: tuple[type[Verb], ...] = (Seam, Search)
+@dataclass(frozen=True, kw_only=True)
+class Pace(Verb):
+    """How fast search runs: prompts in lock-step, and what an iteration of noise optimisation costs.
+
+    Lock-step is the images per second of --prompts prompts in one call over those of one prompt a call, by tree and
+    particles, on a small model that is nearly all overhead and on shapes-sd3. An iteration of noise optimisation is
+    measured against the bare forward and backward pass of the same graph on shapes-turbo, in time and in the memory
+    that it keeps. All are ratios from one run.
+
+    
+    diffalign bench pace
+    diffalign bench pace --prompts 4 --repeats 1 --json pace.json
+    """
+
+    NAME: ClassVar[str] = "pace"
+    prompts: Annotated[int, Opt("Prompts in lock-step.")] = 16
+    repeats: Annotated[int, Opt("Timed pairs; the median of their ratios counts.")] = 3
+
+    def __post_init__(self) -> None:
+        for name, value in (("prompts", self.prompts), ("repeats", self.repeats)):
+            if not value > 0:
+                raise ConfigError(f"{name} is {value}, but it must be above 0.")
+
+    def run(self) -> dict[str, Any]:
+        from diffalign.bench import pace
+
+        found = pace.measure(pace.PaceBench(prompts=self.prompts, repeats=self.repeats, seed=self.seed))
+        for model, ratios in found["lockstep"].items():
+            for method, ratio in ratios.items():
+                print(f"{self.prompts} prompts of {model} in lock-step by {method}: {ratio:.3g} times as fast")
+        for name in ("time", "memory"):
+            print(f"noise optimisation over the bare passes, {name}: {found[f'reno_{name}_ratio']:.4g}")
+        return found
+
+
+VERBS: tuple[type[Verb], ...] = (Seam, Pace, Search)

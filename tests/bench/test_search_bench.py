@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffalign.bench import search
+from diffalign.bench.pace import kept_bytes
 from diffalign.cli import main
 from diffalign.errors import ConfigError
 from tests.cli.conftest import SMALL, here, tiny  # noqa: F401
@@ -120,3 +121,19 @@ def test_a_budget_list_is_sorted_and_without_repeats():
     assert multiples("16,1,4,4", "budgets") == [1, 4, 16]
     with pytest.raises(ConfigError, match="whole numbers"):
         multiples("1;2", "budgets")
+
+
+@pytest.mark.slow
+def test_bench_pace_gives_its_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "pace", "--prompts", "2", "--repeats", "1", "--json", "pace.json"]) == 0
+    found = json.loads((tmp_path / "pace.json").read_text())
+    assert set(found["lockstep"]) == {"overhead-bound", "shapes-sd3"}
+    assert found["reno_time_ratio"] > 0
+    assert 0.5 < found["reno_memory_ratio"] < 2
+
+
+def test_memory_kept_for_a_backward_pass_is_counted_once():
+    x = torch.ones(100, requires_grad=True)
+    assert kept_bytes(lambda: (x.exp() * 2).sum()) == 400
+    assert kept_bytes(lambda: (x * x).sum()) == 400
