@@ -32,6 +32,7 @@ def draw_steps(report: Any, file: str | os.PathLike[str], *, prompts: list[str] 
         line.plot(levels, rewards, color=INK, marker="o", markersize=3, linewidth=1.2)
         line.set_ylabel("reward")
         axis.set_title(prompts[k] if prompts else f"prompt {k}", fontsize=10, loc="left")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[-1, 0].set_xlabel("step, from noise to image")
     return _saved(figure, plt, file)
 

@@ -82,7 +82,10 @@ class Generate(PromptVerb):
 
     def cost(self) -> dict[str, Any]:
         prompts, each = len(self.cases()), self.rows_per_image(self.pipeline_call())
-        searching = self.method != "stock"
+        if self.method not in ("stock", "best_of_n"):  # how a search divides its budget is its own business
+            told = {"prompts": prompts, "plain_nfe": each, "nfe_per_prompt_at_most": self.budget}
+            return {**told, "seconds_per_prompt": self.seconds, "images_written": prompts * self.top_k}
+        searching = self.method == "best_of_n"
         candidates = (self.n or (max(self.budget // each, 1) if self.budget else 8)) if searching else 1
         return {
             "prompts": prompts,
