@@ -8,41 +8,21 @@ import pytest
 import torch
 
 from diffalign.budget import Limits
-from diffalign.errors import BudgetError, ConfigError, InvalidReward
+from diffalign.errors import ConfigError, InvalidReward
 from diffalign.noise import ddim
 from diffalign.search.anneal import Anneal
 from diffalign.search.beam import BeamConfig, search_beam
-from diffalign.search.stepwise import stepped
 from diffalign.search.values import CleanPrediction, Completion
+from tests.search.common import flat, plain, rewards_of, total
 from tests.search.toys import FiniteChain, gaussian_chain, judge_of, linear
 
 WIDE = {"width": 8, "steps": 6}
 SMALL = BeamConfig(beams=2, children=2, every=2)  # blocks 0-2, 2-4, 4-6
 
 
-def total(media, rows):
-    return media.sum(1)
-
-
-def flat(media, rows):
-    return torch.zeros(len(rows))
-
-
 def outcome(chain, rate=total, config=SMALL, **options):
     judge = judge_of(chain, rate)
     return judge, search_beam(chain, judge, config, **options)
-
-
-def rewards_of(judge, row=0):
-    return [leaf.reward for leaf in judge.leaves[row]]
-
-
-def plain(chain):
-    rows = range(len(chain.seeds))
-    x = chain.first(chain.seeds, rows)
-    for i in range(chain.length):
-        x = stepped(chain, x, chain.denoise(x, *chain.levels.at(i)), i, chain.seeds)
-    return x
 
 
 @pytest.mark.parametrize("every", [1, 2, 4, 9])
@@ -238,13 +218,6 @@ def test_limits_on_decodes_and_rewards_hold_too(limits, vetoed):
     assert judge.best[0]
 
 
-def test_a_budget_below_one_walk_is_refused_before_anything_is_spent():
-    chain = gaussian_chain(budget=5, **WIDE)
-    with pytest.raises(BudgetError, match="at least 6"):
-        outcome(chain)
-    assert chain.budget.nfe == 0
-
-
 def test_annealed_children_thin_out_to_one():
     chain = gaussian_chain(**WIDE)
     outcome(chain, config=BeamConfig(beams=1, children=4, every=2, lookahead=1, anneal=Anneal(end=0.0)))
@@ -257,33 +230,6 @@ def test_seeds_repeat_and_walks_differ():
     again, _ = outcome(gaussian_chain(**WIDE), config=config)
     assert rewards_of(first) == rewards_of(again)
     assert len(set(rewards_of(first))) == 8
-
-
-def test_invalid_rewards_never_win():
-    def patchy(media, rows):
-        rewards = media.sum(1)
-        return rewards.where(rewards < 5.0, math.nan)
-
-    judge, _ = outcome(gaussian_chain(cases=20, **WIDE), patchy)
-    assert any(math.isnan(reward) for row in range(20) for reward in rewards_of(judge, row))
-    assert all(kept[0].reward < 5.0 for kept in judge.best if kept)
-
-
-def test_a_constant_added_to_the_reward_changes_nothing():
-    def rounded(shift):
-        return lambda media, rows: (media.sum(1) * 64).round() / 64 + shift
-
-    first, _ = outcome(gaussian_chain(**WIDE), rounded(0.0))
-    moved, _ = outcome(gaussian_chain(**WIDE), rounded(8.0))
-    assert torch.equal(first.best[0][0].x, moved.best[0][0].x)
-
-
-def test_an_interrupt_passes_through():
-    def impatient(media, rows):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        outcome(gaussian_chain(**WIDE), impatient)
 
 
 @pytest.mark.parametrize("wrong", [{"beams": 0}, {"children": 0}, {"every": 0}, {"redraws": -1}, {"prior": math.inf}])

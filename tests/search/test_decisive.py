@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffalign.budget import Limits
-from diffalign.errors import BudgetError, ConfigError
+from diffalign.errors import ConfigError
 from diffalign.search.decisive import (
     DecisiveConfig,
     explained,
@@ -18,27 +18,16 @@ from diffalign.search.decisive import (
 from diffalign.search.gated import Tree
 from diffalign.search.stepwise import stepped
 from diffalign.search.values import Completion
+from tests.search.common import flat, rewards_of, total
 from tests.search.toys import exact, gaussian_chain, judge_of, linear
 
 WIDE = {"width": 8, "steps": 6}
 SMALL = DecisiveConfig(levels=3, children=2, expansions=6)
 
 
-def total(media, rows):
-    return media.sum(1)
-
-
-def flat(media, rows):
-    return torch.zeros(len(rows))
-
-
 def outcome(chain, rate=total, config=SMALL, **options):
     judge = judge_of(chain, rate)
     return judge, search_decisive(chain, judge, config, **options)
-
-
-def rewards_of(judge, row=0):
-    return [leaf.reward for leaf in judge.leaves[row]]
 
 
 def normals(*shape, seed=0):
@@ -200,55 +189,12 @@ def test_a_budget_is_never_exceeded_and_spent_down_to_the_cheapest_branch(limit,
     assert all(judge.best)
 
 
-@pytest.mark.parametrize("limits", [Limits(decodes=1), Limits(decodes=3), Limits(decodes=30), Limits(reward_calls=12)])
-def test_limits_on_decodes_and_rewards_hold_too(limits):
-    chain = gaussian_chain(cases=2, budget=limits, **WIDE)
-    judge, _ = outcome(chain)
-    assert max(chain.budget.decodes, chain.budget.reward_calls) <= 2 * (limits.decodes or limits.reward_calls)
-    assert all(judge.best)
-
-
-def test_a_budget_below_one_walk_is_refused_before_anything_is_spent():
-    chain = gaussian_chain(budget=5, **WIDE)
-    with pytest.raises(BudgetError, match="at least 6"):
-        outcome(chain)
-    assert chain.budget.nfe == 0
-
-
 def test_a_flat_reward_returns_the_plain_walk_and_seeds_repeat():
     first, found = outcome(gaussian_chain(**WIDE), flat)
     again, _ = outcome(gaussian_chain(**WIDE), flat)
     assert first.best[0][0].number == 0
     assert torch.equal(first.best[0][0].x, again.best[0][0].x)
     assert found.shares[0].tolist() == pytest.approx([1 / 3] * 3)
-
-
-def test_invalid_rewards_never_win():
-    def patchy(media, rows):
-        rewards = media.sum(1)
-        return rewards.where(rewards < 5.0, math.nan)
-
-    judge, _ = outcome(gaussian_chain(cases=20, **WIDE), patchy)
-    assert any(math.isnan(reward) for row in range(20) for reward in rewards_of(judge, row))
-    assert all(kept[0].reward < 5.0 for kept in judge.best if kept)
-
-
-def test_a_constant_added_to_the_reward_changes_nothing():
-    def rounded(shift):
-        return lambda media, rows: (media.sum(1) * 64).round() / 64 + shift
-
-    first, before = outcome(gaussian_chain(**WIDE), rounded(0.0))
-    moved, after = outcome(gaussian_chain(**WIDE), rounded(8.0))
-    assert torch.equal(first.best[0][0].x, moved.best[0][0].x)
-    assert before.paths == after.paths
-
-
-def test_an_interrupt_passes_through():
-    def impatient(media, rows):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        outcome(gaussian_chain(**WIDE), impatient)
 
 
 @pytest.mark.parametrize("wrong", [{"levels": 0}, {"pilot": 0}, {"branching": 4}, {"spread": -1.0}, {"children": 0}])

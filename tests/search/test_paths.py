@@ -6,28 +6,21 @@ import pytest
 import torch
 
 from diffalign.budget import Limits
-from diffalign.errors import BudgetError, ConfigError
+from diffalign.errors import ConfigError
 from diffalign.noise import Transition, ddim
 from diffalign.search.paths import PathConfig, search_paths
 from diffalign.search.stepwise import stepped
 from diffalign.search.values import Completion
+from tests.search.common import rewards_of, total
 from tests.search.toys import gaussian_chain, judge_of, linear
 
 WIDE = {"width": 8, "steps": 10}
 SHORT = PathConfig(sigma=0.3, up=0.5, down=0.7)  # two rounds on ten levels
 
 
-def total(media, rows):
-    return media.sum(1)
-
-
 def outcome(chain, rate=total, config=SHORT, **options):
     judge = judge_of(chain, rate)
     return judge, search_paths(chain, judge, config, **options)
-
-
-def rewards_of(judge, row=0):
-    return [leaf.reward for leaf in judge.leaves[row]]
 
 
 def posterior(mean=0.5, deviation=0.7):
@@ -127,21 +120,6 @@ def test_a_budget_is_never_exceeded_and_always_yields_a_leaf(limit, steps):
     assert len(judge.leaves[0]) == len(judge.leaves[1]) > 0
 
 
-@pytest.mark.parametrize("limits", [Limits(decodes=1), Limits(decodes=9), Limits(reward_calls=9)])
-def test_limits_on_decodes_and_rewards_hold_too(limits):
-    chain = gaussian_chain(cases=2, budget=limits, **WIDE)
-    judge, _ = outcome(chain)
-    assert max(chain.budget.decodes, chain.budget.reward_calls) <= 2 * (limits.decodes or limits.reward_calls)
-    assert judge.leaves[0]
-
-
-def test_a_budget_below_one_path_is_refused_before_anything_is_spent():
-    chain = gaussian_chain(budget=9, **WIDE)
-    with pytest.raises(BudgetError, match="at least 10"):
-        outcome(chain)
-    assert chain.budget.nfe == 0
-
-
 def test_one_branch_chooses_nothing_and_asks_no_reward_before_the_end():
     chain = gaussian_chain(**WIDE)
     outcome(chain, config=PathConfig(starts=2, branches=1, sigma=0.4, up=0.5, down=0.6))
@@ -158,33 +136,6 @@ def test_a_flat_reward_keeps_the_first_branches_and_seeds_repeat():
     assert first.constant
     assert first.best[0][0].number == 0
     assert torch.equal(first.best[0][0].x, again.best[0][0].x)
-
-
-def test_invalid_rewards_never_win():
-    def patchy(media, rows):
-        rewards = media.sum(1)
-        return rewards.where(rewards < 5.0, math.nan)
-
-    judge, _ = outcome(gaussian_chain(cases=20, **WIDE), patchy)
-    assert any(math.isnan(reward) for row in range(20) for reward in rewards_of(judge, row))
-    assert all(kept[0].reward < 5.0 for kept in judge.best if kept)
-
-
-def test_a_constant_added_to_the_reward_changes_nothing():
-    def rounded(shift):
-        return lambda media, rows: (media.sum(1) * 64).round() / 64 + shift
-
-    plain, _ = outcome(gaussian_chain(**WIDE), rounded(0.0))
-    moved, _ = outcome(gaussian_chain(**WIDE), rounded(8.0))
-    assert torch.equal(plain.best[0][0].x, moved.best[0][0].x)
-
-
-def test_an_interrupt_passes_through():
-    def impatient(media, rows):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        outcome(gaussian_chain(**WIDE), impatient)
 
 
 @pytest.mark.parametrize("wrong", [{"starts": 0}, {"sigma": 1.0}, {"up": 0.5, "down": 0.5}, {"branches": 0}])

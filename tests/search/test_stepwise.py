@@ -7,36 +7,21 @@ import pytest
 import torch
 
 from diffalign.budget import Limits
-from diffalign.errors import BudgetError, ConfigError
+from diffalign.errors import ConfigError
 from diffalign.noise import case_noise, ddim
 from diffalign.search.anneal import Anneal
-from diffalign.search.stepwise import StepwiseConfig, candidates, search_steps, stepped
+from diffalign.search.stepwise import StepwiseConfig, candidates, search_steps
 from diffalign.search.values import CleanPrediction, Completion
+from tests.search.common import plain, rewards_of, total
 from tests.search.toys import FiniteChain, exact, gaussian_chain, judge_of, linear
 
 WIDE = {"width": 8, "steps": 5}  # ddim(1) draws at steps 0..3; the last one is deterministic
 COUNTS = StepwiseConfig(candidates=3, rounds=2)
 
 
-def total(media, rows):
-    return media.sum(1)
-
-
 def outcome(chain, rate=total, config=COUNTS, **options):
     judge = judge_of(chain, rate)
     return judge, search_steps(chain, judge, config, **options)
-
-
-def plain(chain):
-    rows = range(len(chain.seeds))
-    x = chain.first(chain.seeds, rows)
-    for i in range(chain.length):
-        x = stepped(chain, x, chain.denoise(x, *chain.levels.at(i)), i, chain.seeds)
-    return x
-
-
-def rewards_of(judge, row=0):
-    return [leaf.reward for leaf in judge.leaves[row]]
 
 
 def fresh_candidates(pivot, k, **options):
@@ -157,21 +142,6 @@ def test_a_budget_is_never_exceeded_and_always_yields_a_leaf(limit, value):
     assert all(len(leaves) == len(judge.leaves[0]) > 0 for leaves in judge.leaves)
 
 
-@pytest.mark.parametrize("limits", [Limits(decodes=1), Limits(decodes=10), Limits(reward_calls=10)])
-def test_limits_on_decodes_and_rewards_hold_too(limits):
-    chain = gaussian_chain(cases=2, budget=limits, **WIDE)
-    judge, _ = outcome(chain)
-    assert max(chain.budget.decodes, chain.budget.reward_calls) <= 2 * (limits.decodes or limits.reward_calls)
-    assert judge.leaves[0]
-
-
-def test_a_budget_below_one_walk_is_refused_before_anything_is_spent():
-    chain = gaussian_chain(budget=4, **WIDE)
-    with pytest.raises(BudgetError, match="at least 5"):
-        outcome(chain)
-    assert chain.budget.nfe == 0
-
-
 def test_later_walks_start_from_other_noise_and_seeds_repeat():
     first, _ = outcome(gaussian_chain(**WIDE), config=StepwiseConfig(walks=3))
     again, _ = outcome(gaussian_chain(**WIDE), config=StepwiseConfig(walks=3))
@@ -208,28 +178,11 @@ def test_where_every_reward_is_invalid_the_walk_still_ends_at_the_same_cost():
     assert len(judge.leaves[0]) == 1
 
 
-def test_a_constant_added_to_the_reward_changes_nothing():
-    def rounded(shift):
-        return lambda media, rows: (media.sum(1) * 64).round() / 64 + shift
-
-    plain_x, _ = outcome(gaussian_chain(**WIDE), rounded(0.0))
-    moved_x, _ = outcome(gaussian_chain(**WIDE), rounded(8.0))
-    assert torch.equal(plain_x.best[0][0].x, moved_x.best[0][0].x)
-
-
 def test_a_deterministic_sampler_leaves_nothing_to_search():
     chain = gaussian_chain(kernel=ddim(0.0), **WIDE)
     _, result = outcome(chain)
     assert chain.budget.nfe == 5
     assert int(result.rounds.sum()) == 0
-
-
-def test_an_interrupt_passes_through():
-    def impatient(media, rows):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        outcome(gaussian_chain(**WIDE), impatient)
 
 
 @pytest.mark.parametrize("wrong", [{"candidates": 0}, {"rounds": -1}, {"epsilon": 1.2}, {"distance": -1}, {"every": 0}])
