@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ KINDS = ("random", "zero_order", "paths", "stepwise", "beam", "decisive", "svdd"
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {name: ("search", {"method": name}) for name in KINDS}
 ALIASES["best_of_n"] = ALIASES["random"]  # through this door: the same budget, previews and Ctrl-C as the others
 OWN = ("value", "veto", "grown", "finish", "checkpointing")  # what single methods take beside their config
+BINDING = ("veto",)  # promises about every image that comes back, so that all methods must keep them
 
 
 def align(
@@ -46,10 +46,12 @@ def align(
     for name in settings or {}:
         if name not in names:
             raise ConfigError(f"settings are for '{name}', but the method is '{method}'.")
-    own = {name: call.pop(name) for name in OWN if call.get(name) is not None}
+    own = {name: given for name in OWN if (given := call.pop(name, None)) is not None}
     methods = [(_method(name, settings or {}, own), part) for name, part in zip(names, parts, strict=True)]
-    if unused := [name for name in own if not any(name in _knows(each) for each in names)]:
-        raise ConfigError(f"{unused[0]}= is given, but {method} does not know it. Leave it out.")
+    for name in own:
+        deaf = [each for each in names if name not in _knows(each, settings or {})]
+        if len(deaf) == len(names) or (deaf and name in BINDING):
+            raise ConfigError(f"{name}= is given, but {deaf[0]} does not know it. Leave it out, or use another method.")
     options = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
     searcher: SearchShell = _shell(names[0]).from_pipe(pipe)
     return searcher.search_in_turn((), {"prompt": prompt, **call}, method, methods, **options)
@@ -68,14 +70,16 @@ def _shell(name: str) -> Any:
     return shell
 
 
-def _knows(name: str) -> list[str]:
+def _knows(name: str, settings: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     """What the method takes beside its config."""
-    return [each for each in inspect.signature(_shell(name).method).parameters if each in OWN]
+    known: tuple[str, ...] = _shell(name).knows({**_home(name)[1], **settings.get(name, {})})
+    return known
 
 
 def _method(name: str, settings: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]) -> Method:
     chosen = {**_home(name)[1], **settings.get(name, {})}
-    built: Method = _shell(name).method(chosen, **{each: own[each] for each in _knows(name) if each in own})
+    told = {each: own[each] for each in _knows(name, settings) if each in own}
+    built: Method = _shell(name).method(chosen, **told)
     return built
 
 

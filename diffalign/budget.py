@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from diffalign.errors import BudgetError, ConfigError
 
@@ -93,6 +94,10 @@ class Budget:
     def exhausted(self) -> bool:
         """Whether some limit is already reached."""
         return any(limit is not None and getattr(self, name) >= limit * self.prompts for name, limit in self._limits())
+
+    def totals(self) -> dict[str, Any]:
+        """What was spent so far, summed over prompts."""
+        return {f.name: getattr(self, f.name) for f in fields(self.limits)}
 
     def spent(self) -> dict[str, float]:
         """Cost per prompt, with the stable keys every report uses."""

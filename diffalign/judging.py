@@ -31,7 +31,7 @@ class ScoringJudge(Judge):
     ) -> None:
         self.cases, self.reward, self.show, self.asked = cases, reward, show, asked
         self.parts: list[list[dict[str, float]]] = [[] for _ in chain.seeds]
-        self.broken = 0  # images with NaN or infinite pixels
+        self.broken = [0 for _ in chain.seeds]  # images with NaN or infinite pixels
         self._scored: list[Score] = []  # since the last record, previews among them
         count = len(getattr(reward, "rewards", [reward]))
         super().__init__(chain, self._score, rewards=count, **options)
@@ -39,12 +39,11 @@ class ScoringJudge(Judge):
     def record(
         self, x: Tensor, media: Tensor, rows: Sequence[int], rewards: Tensor, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        own: list[Score] = []  # of these very images, which may have been scored in several goes
-        while self._scored and sum(map(len, own)) < len(rows):
-            own.insert(0, self._scored.pop())
-        self._scored.clear()
-        parts = {name: part.detach().tolist() for name, part in Score.concat(own).parts.items()} if own else {}
+        own = self._scores_of(rewards.detach().float().cpu())
+        parts = {name: part.tolist() for name, part in Score.concat(own).parts.items()} if own else {}
+        sound = _sound(media).tolist()
         for k, row in enumerate(rows):
+            self.broken[row] += not sound[k]
             self.parts[row].append({name: values[k] for name, values in parts.items()})
         return super().record(x, media, rows, rewards, seeds)
 
@@ -52,17 +51,29 @@ class ScoringJudge(Judge):
         super().mark()
         self.show()
 
+    def _scores_of(self, rewards: Tensor) -> list[Score]:
+        """The scores behind rewards (K,), which may have come in several goes, some of them in vain."""
+        own: list[Score] = []
+        end = len(rewards)
+        while self._scored and end:
+            last = self._scored.pop()
+            start = end - len(last)
+            if start >= 0 and torch.equal(last.total.nan_to_num(), rewards[start:end].nan_to_num()):
+                own.insert(0, last)
+                end = start
+        self._scored.clear()
+        return own if not end else []
+
     def _score(self, media: Tensor, rows: Sequence[int]) -> Tensor:
-        sound = media.detach().flatten(1).isfinite().all(1)  # a model in half precision may overflow for one candidate
-        if not sound.all():
-            self.broken += int((~sound).sum())
+        sound = _sound(media)  # a model in half precision may overflow for one candidate
         found = Score(media.new_zeros(0))
         if sound.any():
             cases = [self.cases[row] for row, whole in zip(rows, sound.tolist(), strict=True) if whole]
             asked = media if sound.all() else media[sound]
             found = scoring.score(self.reward, asked, cases, all_invalid=True, **self.asked)
         found = found if sound.all() else found.spread(sound)
-        self._scored.append(Score(found.total.detach(), {k: part.detach() for k, part in found.parts.items()}))
+        parts = {name: part.detach().cpu() for name, part in found.parts.items()}
+        self._scored.append(Score(found.total.detach().cpu(), parts))
         return found.total
 
     def table(self) -> tuple[Score, list[int]]:
@@ -76,3 +87,8 @@ class ScoringJudge(Judge):
         parts = {n: table([[p.get(n, math.nan) for p in row] for row in self.parts]) for n in names}
         total = table([[leaf.reward for leaf in row] for row in self.leaves])
         return Score(total, parts, ~total.isnan()), counts
+
+
+def _sound(media: Tensor) -> Tensor:
+    """Which images (K,) have only finite pixels."""
+    return media.detach().flatten(1).isfinite().all(1)

@@ -31,9 +31,18 @@ class Memory:
         value = function(*args, **kwargs)
         if not _has_gradient(value) and torch.equal(noise, torch.get_rng_state()):
             entries[:] = [*entries[-self.keep :], (key, value)]
-            while len(entries) > 1 and sum(t.nbytes for _, kept in entries for t in tensors_in(kept)) > self.most:
+            while len(entries) > 1 and sum(t.nbytes for known, kept in entries for t in _held(known, kept)) > self.most:
                 del entries[0]
         return _hand_out(value)
+
+
+def _held(key: Any, value: Any) -> list[Tensor]:
+    """The tensors that an entry keeps alive."""
+    if isinstance(key, _Held):
+        return [key.tensor]
+    own = [t for part in key for t in _held(part, None)] if isinstance(key, tuple) else []
+    spread = getattr(value, "latent_dist", None)  # of an autoencoder
+    return [*own, *tensors_in(value), *tensors_in(getattr(spread, "parameters", None))]
 
 
 class _Unfrozen(Exception):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+_OWN_DTYPES = "_diffalign_own_dtypes"  # on a module that `steady` holds in float32
+
 
 class KeptState:
     """A snapshot of what stock calls change inside modules and only put back when they end well."""
@@ -22,7 +24,7 @@ class KeptState:
         for module, training in self._flags:
             module.training = training
         for module, dtypes in self._dtypes:
-            for name, tensor in _tensors(module):
+            for name, tensor in () if _OWN_DTYPES in vars(module) else _tensors(module):
                 if tensor.dtype != dtypes.get(name, tensor.dtype):
                     tensor.data = tensor.data.to(dtypes[name])
         for module, processors in self._processors:
@@ -41,7 +43,9 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
-    return {name: tensor.dtype for name, tensor in _tensors(module)}
+    """Of every tensor; of a module that `steady` holds, the dtypes it will have again."""
+    held: dict[str, torch.dtype] | None = vars(module).get(_OWN_DTYPES)
+    return held or {name: tensor.dtype for name, tensor in _tensors(module)}
 
 
 @contextmanager
@@ -120,11 +124,14 @@ def _in_float32(module: Any) -> Iterator[None]:
         named = {name: value for name, value in kwargs.items() if name != "dtype"}
         return move(*places, **named) if places or named else module
 
-    module.decode, module.to = decode_here, move_only
+    before = dict(vars(module))
+    vars(module).update({"decode": decode_here, "to": move_only, _OWN_DTYPES: dtypes})
     try:
         yield
     finally:
-        del module.decode, module.to
+        for name in ("decode", "to", _OWN_DTYPES):
+            del vars(module)[name]
+        vars(module).update({name: before[name] for name in ("decode", "to") if name in before})
         for name, tensor in _tensors(module):
             tensor.data = tensor.data.to(dtypes[name])
 

@@ -160,6 +160,14 @@ def score(
     return found
 
 
+def none_valid(reward: Reward, case: Case, count: int) -> InvalidReward:
+    """The error for a prompt none of whose candidates could be scored."""
+    return InvalidReward(
+        f"reward '{reward.name}' is NaN for all {count} candidates of '{case.prompt[:80]}', so there is nothing to "
+        "choose from. Check that the images are sound and the reward can read them."
+    )
+
+
 def require_gradient(reward: Reward, who: str) -> None:
     """Refuse a reward without a gradient, in the name of `who` needs one."""
     if reward.differentiable:

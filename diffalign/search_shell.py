@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,12 @@ class SearchShell(Shell):
 
     METHOD: ClassVar[str]  # also the keyword of its config
     ADVANCED = ("kernel", "noise_level", "rows_at_once", "reward_chunk", "score_cache", "keep")
+
+    @classmethod
+    def knows(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """What `method` takes beside these settings."""
+        made: Any = cls
+        return tuple(inspect.signature(made.method).parameters)[1:]
 
     def search(
         self, args: Sequence[Any], kwargs: dict[str, Any], method: Method, *, reward: Any, **options: Any

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffalign import media, scoring
 from diffalign.budget import Budget, Limits, limits_of
 from diffalign.cases import derived_seed
-from diffalign.errors import BudgetError, ConfigError, InvalidReward, ModelError
+from diffalign.errors import BudgetError, ConfigError, ModelError
 from diffalign.judging import ScoringJudge
 from diffalign.report import SearchReport
 from diffalign.request import Request
@@ -71,6 +71,17 @@ class Found:
     noise: Tensor | None = None  # (B, ...) standard normal; a next method may start there
     extras: Mapping[str, Any] = field(default_factory=dict)
 
+    def where_better(self, other: Found, better: Tensor) -> Found:
+        """Noise of `other` for the rows (B,) where that was better, and what it says if any was."""
+        if not better.any():
+            return self
+        if self.noise is None or other.noise is None:
+            return other
+        return Found(
+            torch.stack([b if yes else a for a, b, yes in zip(self.noise, other.noise, better, strict=True)]),
+            other.extras,
+        )
+
 
 @dataclass(frozen=True)
 class Method:
@@ -97,6 +108,8 @@ class Session:
         prompts = len(self.request.cases)
         self.request.settle(prompts * each)
         self.top_k = options.top_k if options.top_k is not None else each
+        if options.rows_at_once is not None and options.rows_at_once < 1:
+            raise ConfigError(f"rows_at_once is {options.rows_at_once}, but a model call has at least 1 row.")
         if self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}, but a search gives back at least 1 image per prompt.")
         self.budget = Budget(limits_of(options.budget), prompts=prompts)
@@ -147,8 +160,8 @@ class Session:
                     raise
                 self.notes.append("interrupted: this is the best so far")
             output = self._assemble()  # may decode, so offloaded modules go home only after it
-        if self.judge.broken:
-            self.notes.append(f"{self.judge.broken} images had NaN or infinite pixels and were dropped")
+        if broken := sum(self.judge.broken):
+            self.notes.append(f"{broken} images had NaN or infinite pixels and were dropped")
         if self.judge.constant:
             self.notes.append(f"reward '{self.reward.name}' gave every candidate the same value: search cannot help")
             warnings.warn(f"{self.notes[-1]}. Check that the reward reads these images, or use another.", stacklevel=4)
@@ -182,19 +195,18 @@ class Session:
     def while_time_lasts(self, once: Callable[[], Found]) -> Found:
         """A method that runs once, again and again from fresh seeds until the seconds of the budget are over."""
         own, budget, number = list(self.chain.seeds), self.budget, 0
-        start = budget.nfe, budget.seconds
-        found = once()
+        start, found = budget.totals(), once()
         while budget.limits.seconds is not None:
-            nfe, seconds = budget.nfe - start[0], budget.seconds - start[1]
-            if not budget.allows(nfe=nfe, seconds=seconds):  # the next run may cost what the last one did
+            cost = {name: total - start[name] for name, total in budget.totals().items()}
+            if not budget.allows(**cost):  # the next run may cost what the last one did
                 break
-            start, best, number = (budget.nfe, budget.seconds), self.judge.best_reward().sum(), number + 1
+            start, before, number = budget.totals(), self.judge.best_reward(), number + 1
             self.chain.seeds = [derived_seed(seed, "round", number) for seed in own]
             try:
                 again = once()
             finally:
                 self.chain.seeds = own
-            found = again if self.judge.best_reward().sum() > best else found
+            found = found.where_better(again, self.judge.best_reward() > before)
         return found
 
     def another(self, changes: Mapping[str, Any]) -> ScoringJudge:
@@ -223,7 +235,9 @@ class Session:
     def report(self, name: str) -> SearchReport:
         scores, counts = self.judge.table()
         best = torch.tensor([[leaf.number for leaf in kept[: self.top_k]] for kept in self.judge.best])
-        chosen = {"reward_version": self.reward.version, "kernel": self.chain.kernel_name}
+        chain = self.chain
+        step = (chain.kernel_name, chain.noise_level) if chain.stepped else (None, None)
+        chosen = {"reward_version": self.reward.version, "kernel": step[0], "noise_level": step[1]}
         return SearchReport(
             method=name,
             reward=self.reward.name,
@@ -233,7 +247,7 @@ class Session:
             seeds=[[-1 if leaf.seed is None else leaf.seed for leaf in row] for row in self.judge.leaves],
             budget=self.budget.spent(),
             curve=self.judge.curve,
-            card=self.request.card(self.pipe) | chosen | {"noise_level": self.chain.noise_level},
+            card=self.request.card(self.pipe) | chosen,
             extras=self.extras,
             notes=self.notes,
             kept=self.judge.best,
@@ -242,17 +256,14 @@ class Session:
 
     def _assemble(self) -> Any:
         for case, kept, row in zip(self.request.cases, self.judge.best, self.judge.leaves, strict=True):
-            if not kept and self.judge.broken:
+            if not kept and row and self.judge.broken[row[0].row]:
                 raise ModelError(
-                    f"{type(self.pipe).__name__} produced NaN or infinite pixels in {self.judge.broken} images, and no "
-                    f"image of '{case.prompt[:80]}' could be scored. Half precision often overflows: try dtype float32 "
-                    "or bfloat16, or a lower guidance scale."
+                    f"{type(self.pipe).__name__} produced NaN or infinite pixels in {self.judge.broken[row[0].row]} of "
+                    f"{len(row)} images of '{case.prompt[:80]}', and none could be scored. Half precision often "
+                    "overflows: try dtype float32 or bfloat16, or a lower guidance scale."
                 )
             if not kept:
-                raise InvalidReward(
-                    f"reward '{self.reward.name}' is NaN for all {len(row)} candidates of '{case.prompt[:80]}', so "
-                    "there is nothing to choose from. Check that the images are sound and the reward can read them."
-                )
+                raise scoring.none_valid(self.reward, case, len(row))
         fewest = min(map(len, self.judge.best))
         if fewest < self.top_k:
             self.notes.append(f"top_k is {self.top_k}, but a prompt has only {fewest} scored images: these came back")

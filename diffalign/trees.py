@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,8 @@ from diffalign.errors import ConfigError
 from diffalign.search.nodes import Tree
 from diffalign.searching import Session
 
-NOT_ASKED = ("generator", "latents", "output_type", "return_dict")  # change neither nodes nor rewards, or are the seeds
+# What changes neither nodes nor rewards, or is in the seeds already.
+NOT_ASKED = ("generator", "latents", "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt")
 
 
 def save_tree(tree: Tree, path: str | os.PathLike[str]) -> None:
@@ -40,13 +42,20 @@ def read_tree(path: str | os.PathLike[str]) -> Tree:
 
 
 def origin_of(session: Session) -> dict[str, str]:
-    """What a call asks for, by name: stock arguments, reward and stochastic step."""
-    given = session.request.arguments
+    """What a call asks for, by name: model, stock arguments, reward and stochastic step."""
+    given = dict(session.request.arguments)
+    if isinstance(given.get("prompt"), str):
+        given["prompt"] = [given["prompt"]]
     asked = {
         name: _plain(value) for name, value in sorted(given.items()) if name not in NOT_ASKED and value is not None
     }
-    reward = f"{session.reward.name} {session.reward.version}"
-    return asked | {"reward": reward, "kernel": f"{session.chain.kernel_name} {session.chain.noise_level:g}"}
+    versions = [str(part.version) for part in getattr(session.reward, "rewards", [session.reward])]
+    reward = " ".join([session.reward.name, *versions])
+    return asked | {
+        "model": _model(session),
+        "reward": reward,
+        "kernel": f"{session.chain.kernel_name} {session.chain.noise_level:g}",
+    }
 
 
 def require_same_origin(tree: Tree, asked: dict[str, str]) -> None:
@@ -59,6 +68,17 @@ def require_same_origin(tree: Tree, asked: dict[str, str]) -> None:
             f"the tree was grown with {name} = {before.get(name, 'nothing')}, but this call has "
             f"{asked.get(name, 'nothing')}. Repeat the call that began it, or begin a new tree."
         )
+
+
+def _model(session: Session) -> str:
+    """Pipeline class, where its denoiser came from, and the adapters that are on."""
+    driver = session.chain.driver
+    denoiser = driver.modules.get(driver.denoiser or "")
+    told = [session.pipe.stock_class.__name__, str(getattr(getattr(denoiser, "config", None), "_name_or_path", ""))]
+    adapters = getattr(denoiser, "active_adapters", None)
+    with contextlib.suppress(ValueError):  # diffusers has none until the first is loaded
+        told += adapters() if callable(adapters) else []
+    return " ".join(told)
 
 
 def _plain(value: Any) -> str:

@@ -40,6 +40,7 @@ class PipelineChain:
         self.budget = self.driver.budget
         self.seeds = [case.seed for case in cases]
         self.chunks = Chunks(self.budget, most)
+        self.stepped = False  # whether a step of ours was taken, so that its kernel is worth telling
         self.given = latents  # the caller's own start noise (B, ...), which belongs to the cases' own seeds
         eta = call.get("eta")
         self._still = eta is not None and not eta > 0  # the caller asked for a sampler without noise
@@ -114,6 +115,7 @@ class PipelineChain:
         return self._in_chunks(rows, lambda part: self._at(rows[part]).predict(x[part], i))
 
     def transition(self, x: Tensor, prediction: Tensor, i: int) -> Transition:
+        self.stepped = True
         return self._kernel(self.driver.levels, x, prediction, i)
 
     def denoised(self, x: Tensor, prediction: Tensor, i: int) -> Tensor:

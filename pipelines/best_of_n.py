@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from diffalign import media, scoring
-from diffalign.budget import Budget, Limits
-from diffalign.errors import BudgetError, ConfigError, InvalidReward
+from diffalign.budget import Budget, Limits, limits_of
+from diffalign.errors import BudgetError, ConfigError
 from diffalign.registry import register_pipeline
 from diffalign.report import BestOfNReport
 from diffalign.request import Request
@@ -43,9 +43,9 @@ class Search:
         self.kept: dict[tuple[int, int], dict[Any, Any]] = {}  # (prompt, candidate) -> its row of every output field
         self.output: Any = None
 
-    def limit(self, n: int | None, budget: Limits | int | None, top_k: int | None) -> None:
+    def limit(self, n: int | None, budget: Limits | int | float | str | None, top_k: int | None) -> None:
         """Say how far to go: `n` candidates, a budget per prompt, or whichever ends first."""
-        self.budget = Budget(budget, prompts=self.prompts)
+        self.budget = Budget(limits_of(budget), prompts=self.prompts)
         unlimited = self.budget.limits == Limits()
         self.n, self.top_k = (DEFAULT_N if n is None and unlimited else n), top_k
         for name, value in (("n", self.n), ("top_k", top_k)):
@@ -143,10 +143,7 @@ class Search:
         found = self._table()
         for case, valid in zip(self.request.cases, found.valid, strict=True):
             if not valid.any():
-                raise InvalidReward(
-                    f"reward '{self.reward.name}' is NaN for all {len(valid)} candidates of '{case.prompt[:80]}', so "
-                    "there is nothing to choose from. Check that the images are sound and the reward can read them."
-                )
+                raise scoring.none_valid(self.reward, case, len(valid))
         if self.top_k is not None and self.top_k > found.total.shape[1]:
             raise BudgetError(
                 f"top_k is {self.top_k}, but the budget ended after {found.total.shape[1]} candidates. "
@@ -182,7 +179,7 @@ class BestOfNPipeline(Shell):
         *args: Any,
         reward: Any = None,
         n: int | None = None,
-        budget: Limits | int | None = None,
+        budget: Limits | int | float | str | None = None,
         top_k: int | None = None,
         reward_chunk: int | None = None,
         score_cache: scoring.ScoreCache | None = None,
@@ -190,9 +187,9 @@ class BestOfNPipeline(Shell):
     ) -> Any:
         """The stock call; with `reward` the best `top_k` of `n` candidates per prompt, best first, and a `.report`.
 
-        `budget` limits what a prompt may cost, an int meaning NFE; without `n` and `budget` there are 8 candidates.
-        `top_k` defaults to as many images as the stock call gives. `latents` and the caller's generator belong to
-        candidate 0. `report` is also kept on the pipeline, for `return_dict=False`.
+        `budget` limits what a prompt may cost: an int is NFE, "20s" or a float is seconds. Without `n` and `budget`
+        there are 8 candidates. `top_k` defaults to as many images as the stock call gives. `latents` and the caller's
+        generator belong to candidate 0. `report` is also kept on the pipeline, for `return_dict=False`.
         """
         if reward is None:
             return self.call_stock(*args, **kwargs)

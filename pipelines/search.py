@@ -51,6 +51,7 @@ KINDS = {
     "decisive": Kind(DecisiveConfig, search_decisive),
     "svdd": Kind(SVDDConfig, search_svdd, once=True),
 }
+DEFAULT = "zero_order"
 Veto = Callable[[Tensor, list[Case]], Tensor]  # (media, cases) -> (K,) bool, true where an image must not be shown
 
 
@@ -82,9 +83,15 @@ class SearchPipeline(SearchShell):
         return self.search(args, kwargs, self.method(search, value=value, veto=veto), **asked)
 
     @classmethod
+    def knows(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        name = settings.get("method", DEFAULT)
+        values = name in KINDS and KINDS[name].values
+        return (("value",) if values else ()) + (("veto",) if name == "beam" else ())
+
+    @classmethod
     def method(cls, given: Mapping[str, Any] | None = None, *, value: Any = None, veto: Veto | None = None) -> Method:
         told = dict(given or {})
-        name = told.pop("method", "zero_order")
+        name = told.pop("method", DEFAULT)
         if name not in KINDS:
             raise UnknownName.among("search method", name, KINDS, "diffalign ls pipelines")
         kind = KINDS[name]

@@ -56,15 +56,18 @@ class TreePipeline(SearchShell):
 
         def run(session: Session, noise: Tensor | None) -> Found:
             before = grown if isinstance(grown, Tree) or grown is None else read_tree(grown)
-            seeds = None if noise is None else noise[:, None]
+            seeds = None if noise is None or grown is not None else noise[:, None]
             if before is None:
                 before, seeds = Tree(session.chain.seeds, session.chain.length, seeds), None
+            if grown is not None and noise is not None:
+                session.notes.append("the tree goes on as it was; the noise found before starts none of its walks")
             if len(before.cases) != len(session.chain.seeds):
                 raise ConfigError(
                     f"the tree was grown for {len(before.cases)} prompts, but this call has {len(session.chain.seeds)}."
                     " Repeat the call that began it."
                 )
             asked = origin_of(session)
+            core.require_fits(session.chain, before)
             require_same_origin(before, asked)
             before.origin = asked
             session.tree = before
@@ -81,6 +84,8 @@ def _show_best(session: Session, tree: Tree) -> None:
     """The best leaves that an earlier call found in each tree are candidates of this one too."""
     for row, nodes in enumerate(tree.cases):
         found = [nodes.x[leaf] for leaf in nodes.ranked()[: session.judge.top_k]]
+        while found and not session.judge.affords(scored=len(found) * len(tree.cases)):
+            found.pop()
         if found:
             x = torch.stack(found).to(session.chain.driver.start())  # type: ignore[arg-type]
             session.judge.leaf(x, [row] * len(found))

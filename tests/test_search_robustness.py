@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from diffalign import align
+from diffalign.budget import Limits
 from diffalign.drive import Driver
-from diffalign.errors import ConfigError, ModelError
-from diffalign.pipelines import ReNOPipeline, SMCPipeline
+from diffalign.errors import ConfigError, ModelError, NotDifferentiable
+from diffalign.pipelines import BestOfNPipeline, ReNOPipeline, SearchPipeline, SMCPipeline
 from diffalign.trees import read_tree, save_tree
 from tests.test_search_pipelines import Brightness, plain_nfe, run, seeded
 from tests.tiny import build, call
@@ -154,3 +155,143 @@ def test_a_veto_keeps_what_it_marks_from_being_shown():
     limit = sorted(free.report.scores.total[0].tolist())[-2] + 1e-6
     held = run("beam", "sd3", veto=too_bright)
     assert float(held.report.best_reward[0]) <= limit < float(free.report.best_reward[0])
+
+
+def test_a_scheduler_without_a_stochastic_step_of_ours_is_no_obstacle_to_methods_that_take_none():
+    from diffusers import IPNDMScheduler
+
+    pipe = build("sd15")
+    pipe.scheduler = IPNDMScheduler.from_config(pipe.scheduler.config)
+    told = {"reward": Brightness(), "budget": 100, "generator": seeded(), "search": {"method": "random"}}
+    out = SearchPipeline.from_pipe(pipe)(**call("sd15", 1), **told)
+    assert out.report.card["kernel"] is None
+
+
+@pytest.mark.parametrize(("name", "limits"), [("smc", {"decodes": 10}), ("svdd", {"reward_calls": 10})])
+def test_time_that_is_left_is_not_spent_against_another_limit(name: str, limits: dict[str, int]):
+    report = run(name, "sd3", budget=Limits(seconds=20, **limits)).report
+    assert report.budget["decodes"] <= 10
+
+
+def test_short_memory_inside_the_model_leaves_a_raised_autoencoder_raised(monkeypatch: pytest.MonkeyPatch):
+    pipe = build("sdxl").to(torch.float16)
+    real = pipe.unet.forward
+
+    def short(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(sample) > 2:
+            raise torch.OutOfMemoryError("out of memory, on purpose")
+        return real(sample, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.unet, "forward", short)
+    with pytest.warns(UserWarning, match="do not fit the memory"):
+        out = ReNOPipeline.from_pipe(pipe)(
+            **call("sdxl", 2), generator=seeded(), reward=Brightness(), reno={"iterations": 2}
+        )
+    assert bool(out.report.best_reward.isfinite().all())
+    assert {p.dtype for p in pipe.vae.parameters()} == {torch.float16}
+
+
+def test_an_interrupt_between_backward_passes_leaves_the_autoencoder_as_it_was():
+    class Impatient(Brightness):
+        calls = 0
+
+        def __call__(self, media: torch.Tensor, cases: Any) -> torch.Tensor:
+            self.calls += 1
+            if self.calls > 1:
+                raise KeyboardInterrupt
+            return super().__call__(media, cases)
+
+    pipe = build("sdxl").to(torch.float16)
+    own = pipe.vae.decode
+    pipe.vae.decode = lambda *args, **kwargs: own(*args, **kwargs)  # as torch.compile would set it
+    mine = pipe.vae.decode
+    ReNOPipeline.from_pipe(pipe)(**call("sdxl", 1), generator=seeded(), reward=Impatient(), reno={"iterations": 4})
+    assert {p.dtype for p in pipe.vae.parameters()} == {torch.float16}
+    assert vars(pipe.vae)["decode"] is mine
+
+
+def test_parts_stay_with_their_images_when_memory_runs_short_after_scoring(monkeypatch: pytest.MonkeyPatch):
+    real = torch.autograd.grad
+    failures = [2]
+
+    def short(*args: Any, **kwargs: Any) -> Any:
+        if failures[0]:
+            failures[0] -= 1
+            raise torch.OutOfMemoryError("out of memory, on purpose")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", short)
+    with pytest.warns(UserWarning, match="do not fit the memory"):
+        report = run("reno", "sd3", batch=4, reno={"iterations": 3}).report
+    assert torch.allclose(report.scores.parts["brightness"], report.scores.total, equal_nan=True)
+
+
+def test_a_gradient_proposal_survives_a_round_without_valid_rewards_and_names_a_reward_without_slopes():
+    class Detached(Brightness):
+        def __call__(self, media: torch.Tensor, cases: Any) -> torch.Tensor:
+            return super().__call__(media.detach(), cases)
+
+    class Blind(Brightness):
+        calls = 0
+
+        def __call__(self, media: torch.Tensor, cases: Any) -> torch.Tensor:
+            self.calls += 1
+            return super().__call__(media, cases) * (torch.nan if self.calls == 1 else 1.0)
+
+    told = {"smc": {"particles": 2, "proposal": "gradient"}}
+    assert bool(run("smc", "sd3", reward=Blind(), budget=None, **told).report.best_reward.isfinite().all())
+    with pytest.raises(NotDifferentiable, match="gradient proposal"):
+        run("smc", "sd3", reward=Detached(), budget=None, **told)
+
+
+def test_the_gradient_proposal_is_chunked_too(monkeypatch: pytest.MonkeyPatch):
+    widths: list[int] = []
+    real = Driver.predict
+
+    def watched(self: Driver, x: torch.Tensor, i: int, *, grad: bool = False) -> torch.Tensor:
+        widths.append(len(x))
+        return real(self, x, i, grad=grad)
+
+    monkeypatch.setattr(Driver, "predict", watched)
+    run("smc", "sd3", budget=None, rows_at_once=1, smc={"particles": 2, "proposal": "gradient"})
+    assert set(widths) == {1}
+
+
+def test_old_leaves_of_a_tree_are_shown_within_the_budget(grown: Path):
+    plain = plain_nfe(build("sd3"), call("sd3", 1))
+    report = run("tree", "sd3", grown=grown, keep=5, budget=Limits(nfe=plain, reward_calls=2)).report
+    assert report.budget["reward_calls"] <= 2
+
+
+def test_a_grown_tree_goes_on_after_another_method(grown: Path):
+    out = align(
+        build("sd3"), call("sd3", 1)["prompt"], method="random+tree", reward=Brightness(), generator=seeded(),
+        grown=grown, budget=8 * plain_nfe(build("sd3"), call("sd3", 1)), **asked(),
+    )  # fmt: skip
+    assert any("goes on as it was" in note for note in out.report.notes) or out.report.tree is not None
+
+
+def test_a_promise_about_every_image_must_be_kept_by_every_method():
+    told = {"reward": Brightness(), "generator": seeded(), "veto": lambda media, cases: media.flatten(1).mean(1) < 0}
+    with pytest.raises(ConfigError, match="smc does not know it"):
+        align(build("sd3"), "a cube", method="smc+beam", **told, **asked())
+
+
+def test_a_keyword_goes_only_to_the_methods_that_know_it():
+    plain = plain_nfe(build("sd3"), call("sd3", 1))
+    told = {"reward": Brightness(), "generator": seeded(), "budget": 12 * plain}
+    out = align(build("sd3"), "a cube", method="smc+random", value=2, **told, **asked())
+    assert out.report.budget["nfe"] <= 12 * plain
+    assert align(build("sd3"), "a cube", method="random", value=None, **told, **asked()).images
+
+
+def test_no_row_at_once_is_refused():
+    with pytest.raises(ConfigError, match="rows_at_once"):
+        run("tree", "sd3", rows_at_once=0)
+
+
+def test_best_of_n_takes_seconds_as_people_say_them():
+    out = BestOfNPipeline.from_pipe(build("sd3"))(
+        **call("sd3", 1), generator=seeded(), reward=Brightness(), budget="0.5s"
+    )
+    assert out.report.candidates > 1

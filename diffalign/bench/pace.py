@@ -18,8 +18,10 @@ from diffalign.bench.seam import alternated, random_sd3
 from diffalign.cases import Case, derived_seed
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError
+from diffalign.restore import frozen
 
 METHODS = ("tree", "smc")
+MOST = 240  # held-out prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class PaceBench:
         for name in ("prompts", "images", "steps", "passes", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"bench.{name} is {getattr(self, name)}, but it must be at least 1.")
+        if self.prompts > MOST:
+            raise ConfigError(f"bench.prompts is {self.prompts}, but the held-out set has {MOST}.")
 
 
 def measure(config: PaceBench | None = None, *, on_step: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def lockstep(pipe: Any, asked: dict[str, Any], method: str, config: PaceBench) -
         for row in rows:
             search([row])
 
-    return median(a / b for a, b in alternated(alone, lambda: search(rows), config.repeats))
+    return median(a / b for a, b in alternated((alone, lambda: search(rows)), config.repeats))
 
 
 def noise_optimisation(pipe: Any, asked: dict[str, Any], reward: Any, config: PaceBench) -> dict[str, float]:
@@ -90,15 +94,11 @@ def noise_optimisation(pipe: Any, asked: dict[str, Any], reward: Any, config: Pa
         for _ in range(config.passes):
             bare()
 
-    times = [
-        (whole - first) / between
-        for (first, whole), (between, _) in zip(
-            alternated(lambda: optimise(1), lambda: optimise(1 + config.passes), config.repeats),
-            alternated(passes, passes, config.repeats),
-            strict=True,
-        )
-    ]
-    return {"reno_time_ratio": median(times), "reno_memory_ratio": kept_bytes(lambda: optimise(2)) / kept_bytes(bare)}
+    parts = (lambda: optimise(1), lambda: optimise(1 + config.passes), passes)
+    with frozen(pipe.components[name] for name in ("transformer", "vae")):
+        ratios = [(whole - first) / between for first, whole, between in alternated(parts, config.repeats)]
+        memory = kept_bytes(lambda: optimise(2)) / kept_bytes(bare)
+    return {"reno_time_ratio": median(ratios), "reno_memory_ratio": memory}
 
 
 def kept_bytes(run: Callable[[], Any]) -> int:
@@ -127,8 +127,6 @@ def _bare_pass(pipe: Any, asked: dict[str, Any], reward: Any) -> Callable[[], Te
     finally:
         handle.remove()
     ((args, kwargs),) = seen
-    for module in driver.modules.values():
-        module.requires_grad_(False)
 
     def bare() -> Tensor:
         with torch.enable_grad():

@@ -5,7 +5,7 @@ run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -42,10 +42,10 @@ def measure(config: SeamBench | None = None, *, on_step: Callable[[str], None] =
     x = driver.start()
     bare = _bare_call(driver, x)
     on_step("timing predict")
-    predicts = alternated(bare, lambda: driver.predict(x, config.steps // 2), config.repeats, unused=2)
+    predicts = alternated((bare, lambda: driver.predict(x, config.steps // 2)), config.repeats, unused=2)
     on_step("timing rollouts")
     stock = _stock_call(pipe, call)
-    rollouts = alternated(stock, lambda: Driver(pipe, **call).rollout(quiet=True), config.rollouts)
+    rollouts = alternated((stock, lambda: Driver(pipe, **call).rollout(quiet=True)), config.rollouts)
     return {
         "predict_ratio": median(b / a for a, b in predicts),
         "rollout_ratio": median(b / a for a, b in rollouts),
@@ -56,11 +56,9 @@ def measure(config: SeamBench | None = None, *, on_step: Callable[[str], None] =
     }
 
 
-def alternated(
-    first: Callable[[], Any], second: Callable[[], Any], count: int, *, unused: int = 1
-) -> list[tuple[float, float]]:
-    """Seconds of both, taken in turn `count` times after `unused` rounds that warm them up."""
-    return [(_seconds(first), _seconds(second)) for _ in range(count + unused)][unused:]
+def alternated(runs: Sequence[Callable[[], Any]], count: int, *, unused: int = 1) -> list[tuple[float, ...]]:
+    """Seconds of each of `runs`, taken in turn `count` times after `unused` rounds that warm them up."""
+    return [tuple(_seconds(run) for run in runs) for _ in range(count + unused)][unused:]
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from diffalign.bench.sample import Sampled
     from diffalign.cases import Case
 
-METHODS = ("stock", "best_of_n", "tree", "reno")
+METHODS = ("stock", "best_of_n", "tree", "one step", "reno")
 FEW = 4  # steps that a gradient goes through where there is no one-step student
 
 

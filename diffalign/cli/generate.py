@@ -86,7 +86,10 @@ class Generate(PromptVerb):
             told = {"prompts": prompts, "plain_nfe": each, "nfe_per_prompt_at_most": self.budget}
             return {**told, "seconds_per_prompt": self.seconds, "images_written": prompts * self.top_k}
         searching = self.method == "best_of_n"
-        candidates = (self.n or (max(self.budget // each, 1) if self.budget else 8)) if searching else 1
+        counts = [n for n in (self.n, self.budget and max(self.budget // each, 1)) if n]
+        if searching and self.seconds is not None and not counts:  # as many as the time allows
+            return {"prompts": prompts, "plain_nfe": each, "seconds_per_prompt": self.seconds}
+        candidates = min(counts, default=8) if searching else 1
         return {
             "prompts": prompts,
             "candidates_per_prompt": candidates,

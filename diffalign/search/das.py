@@ -41,16 +41,20 @@ def slope(chain: Chain, judge: Judge, x: Tensor, i: int, rows: Sequence[int]) ->
 
     Rows share no gradient. A row whose reward or gradient is not a number gets a gradient of 0.
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        prediction = chain.predict(x, i, rows, grad=True)
-        media = chain.finish(chain.denoised(x, prediction, i), rows, grad=True)
-        rewards = judge.slopes(media, rows)
-        valid = ~rewards.isnan()
-        (found,) = torch.autograd.grad(torch.where(valid, rewards, 0.0).sum(), x)
-    sound = found.flatten(1).isfinite().all(1) & valid.to(found.device)
-    gradient = torch.where(sound.view(-1, *[1] * (x.ndim - 1)), found.float(), 0.0)
-    return prediction.detach(), rewards.detach().float().cpu(), gradient
+
+    def some(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            start = x[part].detach().requires_grad_()
+            prediction = chain.predict(start, i, rows[part], grad=True)
+            media = chain.finish(chain.denoised(start, prediction, i), rows[part], grad=True)
+            rewards = judge.slopes(media, rows[part])
+            found = judge.climb(rewards, start, "the gradient proposal")
+        sound = found.flatten(1).isfinite().all(1) & rewards.isfinite()
+        gradient = torch.where(sound.view(-1, *[1] * (x.ndim - 1)), found.float(), 0.0)
+        return prediction.detach(), rewards.detach().float().cpu(), gradient
+
+    predictions, rewards, gradients = zip(*judge.backward.over(len(rows), some), strict=True)
+    return torch.cat(predictions), torch.cat(rewards), torch.cat(gradients)
 
 
 def log_ratio(noise: Tensor, shift: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffalign.errors import BudgetError, InvalidReward
+from diffalign.budget import Limits
+from diffalign.errors import BudgetError, InvalidReward, NotDifferentiable
 from diffalign.search.chain import Chain
 from diffalign.search.chunks import Chunks
 
+MOST = 1024  # particles or candidates, however large the budget
 Rate = Callable[[Tensor, Sequence[int]], Tensor]  # (media (K, ...), rows) -> rewards (K,) float32, NaN where invalid
 
 
@@ -80,6 +82,36 @@ class Judge:
     def slopes(self, media: Tensor, rows: Sequence[int]) -> Tensor:
         """Rewards (K,) with their graph, for methods that follow the gradient; charged like every scoring."""
         return self._ask(media, rows)
+
+    def climb(self, rewards: Tensor, x: Tensor, who: str) -> Tensor:
+        """Slopes (K, ...) of rewards (K,) in x (K, ...), zero where a reward is not finite; rows share no gradient."""
+        valid = rewards.isfinite()
+        if not valid.any():
+            return torch.zeros_like(x)
+        found: Tensor | None = None
+        if rewards.requires_grad:
+            (found,) = torch.autograd.grad(rewards[valid].sum(), x, allow_unused=True)
+        if found is None:
+            raise NotDifferentiable(
+                f"{who} needs a gradient, but the rewards of {len(rewards)} images came back without one to the noise. Use "
+                "tree=, smc= or best_of_n= with this reward, or pair it with a differentiable one such as 'clip'."
+            )
+        return found
+
+    def as_many_as(self, cost: Callable[[int], tuple[int, int]], *, without_limits: int) -> int:
+        """The largest count whose `cost(count)`, NFE and scored images of one case, the budget affords; at least 1."""
+        cases = len(self.chain.seeds)
+        if self.unpaced:
+            return 1  # a first walk shows how long one takes
+        if self.chain.budget.limits == Limits():
+            return without_limits
+        count = 1
+        while count < MOST:
+            nfe, scored = cost(count + 1)
+            if not self.affords(nfe=nfe * cases, scored=scored * cases):
+                break
+            count += 1
+        return count
 
     def affords(self, *, nfe: int = 0, scored: int = 0) -> bool:
         """Whether `nfe` more model rows and `scored` more decoded and scored images fit the budget, summed over cases.

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from diffalign.budget import BACKWARD_COST
-from diffalign.errors import ConfigError, NotDifferentiable
+from diffalign.errors import ConfigError
 from diffalign.noise import forked
 from diffalign.search import noise_prior
 from diffalign.search.chain import Chain
@@ -257,18 +257,8 @@ class _Climb:
         with torch.enable_grad():
             x, media = self.chain.generate(noise.to(self.like), rows, grad=True)
             rewards = self.judge.slopes(media, rows)
-            valid = rewards.isfinite()
-            found: Tensor | None = torch.zeros_like(noise)
-            if valid.any():
-                climbs = rewards.requires_grad
-                (found,) = torch.autograd.grad(rewards[valid].sum(), noise, allow_unused=True) if climbs else (None,)
-        if found is None:
-            raise NotDifferentiable(
-                f"noise optimisation needs a gradient, but the rewards of {len(rows)} images came back without one "
-                "to the noise. Use tree=, smc= or best_of_n= with this reward, or pair it with a differentiable one "
-                "such as 'clip'."
-            )
-        return x.detach(), media.detach(), rewards.detach(), found
+            slopes = self.judge.climb(rewards, noise, "noise optimisation")
+        return x.detach(), media.detach(), rewards.detach(), slopes
 
     def _downhill(self, row: int, slope: Tensor) -> Tensor:
         """Gradient (...) of what is minimised, cut to the clip's length except for LBFGS."""

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffalign.budget import BACKWARD_COST, Limits
+from diffalign.budget import BACKWARD_COST
 from diffalign.errors import ConfigError
 from diffalign.search.chain import Chain
 from diffalign.search.judge import Judge
@@ -30,8 +30,6 @@ from diffalign.search.moves import MovesConfig, MovesResult
 from diffalign.search.population import Population
 from diffalign.search.resampling import Scheme, uniforms
 from diffalign.search.values import CleanPrediction, Value
-
-_MOST = 1024  # particles, however large the budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,19 +199,11 @@ class Plan:
 
     def particles(self) -> int:
         """The number asked for, or the largest that the budget affords with all its moves."""
-        limits, cases = self.chain.budget.limits, len(self.chain.seeds)
         if self.config.particles:
             return self.config.particles
-        if self.judge.unpaced:
-            return 1  # a first walk shows how long one takes
-        if limits == Limits():
-            return 8
         costs = [self.cost(2), *self._moves()]
         nfe, scored = (sum(cost[part] for cost in costs) for part in (0, 1))
-        count = 1
-        while count < _MOST and self.judge.affords(nfe=nfe * (count + 1) * cases, scored=scored * (count + 1) * cases):
-            count += 1
-        return count
+        return self.judge.as_many_as(lambda count: (nfe * count, scored * count), without_limits=8)
 
     def _moves(self) -> list[tuple[int, int]]:
         """Costs of all moves of one particle, at most."""

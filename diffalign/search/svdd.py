@@ -15,15 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffalign.budget import Limits
 from diffalign.errors import ConfigError
 from diffalign.noise import case_noise, forked
 from diffalign.search.chain import Chain
 from diffalign.search.judge import Judge
 from diffalign.search.resampling import multinomial, uniforms
 from diffalign.search.values import CleanPrediction, Value
-
-_MOST = 1024  # candidates, however large the budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +52,7 @@ def search(chain: Chain, judge: Judge, config: SVDDConfig = SVDDConfig(), *, val
     """Walk every case to the end in lock-step, choosing among candidates after each step but the last."""
     value = value or CleanPrediction(judge)
     rows = list(range(len(chain.seeds)))
-    count = _candidates(chain, judge, config, value)
+    count = config.candidates or judge.as_many_as(lambda n: _cost(chain, value, n), without_limits=20)
     nfe, scored = _cost(chain, value, count)
     judge.require(nfe=nfe * len(rows), scored=scored * len(rows), what=f"svdd with {count} candidates a step")
     chosen, invalid = [], torch.zeros(len(rows), dtype=torch.long)
@@ -95,20 +92,3 @@ def _cost(chain: Chain, value: Value, count: int) -> tuple[int, int]:
     values = [value.cost(i) for i in range(1, chain.length)] if count > 1 else []
     nfe = chain.costs[0] + count * (sum(chain.costs[1:]) + sum(cost for cost, _ in values))
     return nfe, 1 + count * sum(scored for _, scored in values)
-
-
-def _candidates(chain: Chain, judge: Judge, config: SVDDConfig, value: Value) -> int:
-    limits, cases = chain.budget.limits, len(chain.seeds)
-    if config.candidates:
-        return config.candidates
-    if judge.unpaced:
-        return 1  # a first walk shows how long one takes
-    if limits == Limits():
-        return 20
-    count = 1
-    while count < _MOST:
-        nfe, scored = _cost(chain, value, count + 1)
-        if not judge.affords(nfe=nfe * cases, scored=scored * cases):
-            break
-        count += 1
-    return count

@@ -72,13 +72,8 @@ def scene_of(clauses: Clauses, codes: Sequence[float], *, smallest: float = 6.0)
 
 def usual_places(clauses: Clauses) -> tuple[Point, ...]:
     """Where the objects of a prompt stand when nothing sways: apart, central, equal ones from left to right."""
-    return _usual(tuple((want.count, want.place) for want in clauses.wants), clauses)
-
-
-@lru_cache(maxsize=4096)
-def _usual(form: tuple[tuple[int, str | None], ...], clauses: Clauses) -> tuple[Point, ...]:
-    bare = Clauses(tuple(Want(n, "triangle", None, None, place) for n, place in form), clauses.relations)
-    return _roomiest(bare)
+    bare = tuple(Want(want.count, "triangle", None, None, want.place) for want in clauses.wants)
+    return _roomiest(Clauses(bare, clauses.relations))
 
 
 @lru_cache(maxsize=512)
@@ -103,8 +98,7 @@ def _roomiest(clauses: Clauses) -> tuple[Point, ...]:
 
 def _stands(want: Want, point: Point) -> bool:
     x, y = point
-    holds = {"left": x < 32 and y == 32, "right": x > 32 and y == 32, "top": y < 32 and x == 32}
-    return want.place is None or holds.get(want.place, y > 32 and x == 32)
+    return want.place is None or {"left": x < 32, "right": x > 32, "top": y < 32, "bottom": y > 32}[want.place]
 
 
 def _shape(want: Want, place: Point, shares: Sequence[float], freedom: float, total: int, smallest: float) -> Shape:
