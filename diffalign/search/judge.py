@@ -93,8 +93,8 @@ class Judge:
             (found,) = torch.autograd.grad(rewards[valid].sum(), x, allow_unused=True)
         if found is None:
             raise NotDifferentiable(
-                f"{who} needs a gradient, but the rewards of {len(rewards)} images came back without one to the noise. Use "
-                "tree=, smc= or best_of_n= with this reward, or pair it with a differentiable one such as 'clip'."
+                f"{who} needs a gradient, but the rewards of {len(rewards)} images came back without one to the noise. "
+                "Use tree=, smc= or best_of_n= with this reward, or pair it with a differentiable one such as 'clip'."
             )
         return found
 
