@@ -253,7 +253,10 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path, *, title: str) -> None:
         for k, method in enumerate(methods):
             _draw_line(axis, [row for row in rows if row["method"] == method and row[name]], name, colours(k % 20))
         axis.set_xscale("log")
-        axis.set_xlabel("NFE per prompt")
+        ticks = {row["times"]: max(other["nfe"] for other in rows if other["times"] == row["times"]) for row in rows}
+        axis.set_xticks(list(ticks.values()), [f"{nfe:.0f}\n{times}x" for times, nfe in ticks.items()])
+        axis.minorticks_off()
+        axis.set_xlabel("NFE per prompt, and in plain images")
         axis.set_ylabel(f"{name} (95 % interval over prompts)")
         axis.grid(alpha=0.25)
     axes[1].legend(fontsize=8, frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
