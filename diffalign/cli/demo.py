@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffalign.cases import Case
 
 METHODS = ("stock", "best_of_n", "tree", "one step", "reno")
+TUNED = {"warm_start": 50, "learning_rate": 1.0}  # for the student's small latents; measured in docs/search.md
 FEW = 4  # steps that a gradient goes through where there is no one-step student
 
 
@@ -117,7 +118,7 @@ class Demo(ModelVerb):
 
         if self.model == "shapes-sd3" and self.student in zoo.names():
             verb = replace(self, model=self.student)
-            return verb.pipeline(), verb.pipeline_call(), {}
+            return verb.pipeline(), verb.pipeline_call(), {"reno": TUNED}
         steps = int(call.get("num_inference_steps", 50))
         return pipe, call | {"num_inference_steps": min(FEW, steps)}, {"finish": {"num_inference_steps": steps}}
 
