@@ -37,11 +37,13 @@ def contact_sheet(entries: Sequence[Entry], *, title: str, subtitle: str, labels
     rows = -(-len(entries) // columns)
     cell_width, cell_height = len(labels) * (SIDE + GAP) - GAP, 44 + SIDE + 30
     width = max(2 * MARGIN + columns * cell_width + (columns - 1) * CELL_GAP, 760)
-    head = MARGIN + 78
+    told = _wrapped(ImageDraw.Draw(Image.new("RGB", (1, 1))), subtitle, _font(15), width - 2 * MARGIN)
+    head = MARGIN + 58 + 20 * len(told)
     sheet = Image.new("RGB", (width, head + rows * (cell_height + 22) + MARGIN - 12), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN - 8), title, font=_font(26), fill=INK)
-    draw.text((MARGIN, MARGIN + 28), subtitle, font=_font(15), fill=SOFT)
+    for k, line in enumerate(told):
+        draw.text((MARGIN, MARGIN + 28 + 20 * k), line, font=_font(15), fill=SOFT)
     draw.line([(MARGIN, head - 18), (width - MARGIN, head - 18)], fill=LINE, width=1)
     for number, entry in enumerate(entries):
         left = MARGIN + (number % columns) * (cell_width + CELL_GAP)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffalign.cases import Case
 
 METHODS = ("stock", "best_of_n", "tree", "one step", "reno")
+TEACHER = "shapes-sd3"  # of the student
 TUNED = {"warm_start": 50, "learning_rate": 1.0}  # for the student's small latents; measured in docs/search.md
 FEW = 4  # steps that a gradient goes through where there is no one-step student
 
@@ -51,7 +52,8 @@ class Demo(ModelVerb):
 
     def cost(self) -> dict[str, Any]:
         each = self.rows_per_image(self.pipeline_call())
-        return {"prompts": self.prompts, "nfe_per_prompt": self.n * each, "methods": list(METHODS)}
+        methods = [name for name in METHODS if name != "one step" or self.model == TEACHER]
+        return {"prompts": self.prompts, "nfe_per_prompt": self.n * each, "methods": methods}
 
     def cases(self) -> list[Case]:
         """Different prompts, every kind of task in turn."""
@@ -116,7 +118,7 @@ class Demo(ModelVerb):
 
         from diffalign import zoo
 
-        if self.model == "shapes-sd3" and self.student in zoo.names():
+        if self.model == TEACHER and self.student in zoo.names():
             verb = replace(self, model=self.student)
             return verb.pipeline(), verb.pipeline_call(), {"reno": TUNED}
         steps = int(call.get("num_inference_steps", 50))
