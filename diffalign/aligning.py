@@ -11,9 +11,6 @@ from diffalign.errors import ConfigError, UnknownName
 from diffalign.search_shell import SearchShell
 from diffalign.searching import Improvement, Method
 
-KINDS = ("random", "zero_order", "paths", "stepwise", "beam", "decisive", "svdd")
-ALIASES: dict[str, tuple[str, dict[str, Any]]] = {name: ("search", {"method": name}) for name in KINDS}
-ALIASES["best_of_n"] = ALIASES["random"]  # through this door: the same budget, previews and Ctrl-C as the others
 OWN = ("value", "veto", "grown", "finish", "checkpointing")  # what single methods take beside their config
 BINDING = ("veto",)  # promises about every image that comes back, so that all methods must keep them
 
@@ -57,16 +54,27 @@ def align(
     return searcher.search_in_turn((), {"prompt": prompt, **call}, method, methods, **options)
 
 
+def _kinds() -> tuple[str, ...]:
+    """The methods that one pipeline holds together."""
+    search: Any = registry.make_pipeline_class("search")
+    kinds: tuple[str, ...] = search.KINDS
+    return kinds
+
+
 def _home(name: str) -> tuple[str, dict[str, Any]]:
-    """The registered pipeline that runs a method, and what tells it which of its methods."""
-    return ALIASES.get(name, (name, {}))
+    """The registered pipeline that runs a method, and what tells it which of its methods.
+
+    Best-of-N through this door is a random search: the same budget, previews and Ctrl-C as the others.
+    """
+    name = "random" if name == "best_of_n" else name
+    return ("search", {"method": name}) if name in _kinds() else (name, {})
 
 
 def _shell(name: str) -> Any:
     shell: Any = registry.make_pipeline_class(_home(name)[0])
     if not issubclass(shell, SearchShell):
         known = [info.name for info in registry.pipelines()]
-        raise UnknownName.among("search method", name, [*known, *ALIASES], "diffalign ls pipelines")
+        raise UnknownName.among("search method", name, [*known, *_kinds()], "diffalign ls pipelines")
     return shell
 
 

@@ -101,8 +101,7 @@ class Budget:
 
     def spent(self) -> dict[str, float]:
         """Cost per prompt, with the stable keys every report uses."""
-        totals = {"nfe": self.nfe, "decodes": self.decodes, "reward_calls": self.reward_calls, "seconds": self.seconds}
-        return {name: value / self.prompts for name, value in totals.items()}
+        return {name: value / self.prompts for name, value in self.totals().items()}
 
     def _limits(self) -> list[tuple[str, float | None]]:
         return [(f.name, getattr(self.limits, f.name)) for f in fields(self.limits)]

@@ -56,10 +56,15 @@ def require_finite(pixels: Tensor, who: str) -> None:
     """Refuse NaN or infinite pixels in the name of the model that made them."""
     broken = (~torch.isfinite(pixels)).flatten(1).any(dim=1)
     if broken.any():
-        raise ModelError(
-            f"{who} produced NaN or infinite pixels in {int(broken.sum())} of {len(pixels)} images. "
-            "Half precision often overflows: try dtype float32 or bfloat16, or a lower guidance scale."
-        )
+        raise not_finite(who, int(broken.sum()), f"{len(pixels)} images")
+
+
+def not_finite(who: str, broken: int, images: str) -> ModelError:
+    """The error for a model that made `broken` of some images with NaN or infinite pixels."""
+    return ModelError(
+        f"{who} produced NaN or infinite pixels in {broken} of {images}. "
+        "Half precision often overflows: try dtype float32 or bfloat16, or a lower guidance scale."
+    )
 
 
 def pictures(given: Any, rows: int) -> list[Image.Image | None]:

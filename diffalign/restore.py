@@ -24,7 +24,9 @@ class KeptState:
         for module, training in self._flags:
             module.training = training
         for module, dtypes in self._dtypes:
-            for name, tensor in () if _OWN_DTYPES in vars(module) else _tensors(module):
+            if _OWN_DTYPES in vars(module):
+                continue
+            for name, tensor in _tensors(module):
                 if tensor.dtype != dtypes.get(name, tensor.dtype):
                     tensor.data = tensor.data.to(dtypes[name])
         for module, processors in self._processors:

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffalign import media, scoring
 from diffalign.budget import Budget, Limits, limits_of
 from diffalign.cases import derived_seed
-from diffalign.errors import BudgetError, ConfigError, ModelError
+from diffalign.errors import BudgetError, ConfigError
 from diffalign.judging import ScoringJudge
 from diffalign.report import SearchReport
 from diffalign.request import Request
@@ -255,13 +255,11 @@ class Session:
         )
 
     def _assemble(self) -> Any:
-        for case, kept, row in zip(self.request.cases, self.judge.best, self.judge.leaves, strict=True):
-            if not kept and row and self.judge.broken[row[0].row]:
-                raise ModelError(
-                    f"{type(self.pipe).__name__} produced NaN or infinite pixels in {self.judge.broken[row[0].row]} of "
-                    f"{len(row)} images of '{case.prompt[:80]}', and none could be scored. Half precision often "
-                    "overflows: try dtype float32 or bfloat16, or a lower guidance scale."
-                )
+        judge = self.judge
+        for case, kept, row, broken in zip(self.request.cases, judge.best, judge.leaves, judge.broken, strict=True):
+            if not kept and broken:
+                images = f"{len(row)} images of '{case.prompt[:80]}', and none could be scored"
+                raise media.not_finite(type(self.pipe).__name__, broken, images)
             if not kept:
                 raise scoring.none_valid(self.reward, case, len(row))
         fewest = min(map(len, self.judge.best))

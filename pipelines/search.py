@@ -60,6 +60,7 @@ class SearchPipeline(SearchShell):
     """Searches the start noise, the path or the single steps; `search={"method": ...}` says which."""
 
     METHOD = "search"
+    KINDS = tuple(KINDS)
 
     def __call__(
         self,

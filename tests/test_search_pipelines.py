@@ -64,6 +64,19 @@ class Picky(Brightness):
         return torch.where(found < self.first, torch.nan, found)
 
 
+class Impatient(Brightness):
+    """Ctrl-C after some scorings."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def __call__(self, media: torch.Tensor, cases: Any) -> torch.Tensor:
+        self.patience -= 1
+        if self.patience < 0:
+            raise KeyboardInterrupt
+        return super().__call__(media, cases)
+
+
 def seeded(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -226,16 +239,7 @@ def test_an_explicit_eta_of_zero_is_refused_by_a_branching_method():
 
 
 def test_interrupting_gives_the_best_so_far():
-    class Impatient(Brightness):
-        calls = 0
-
-        def __call__(self, media: torch.Tensor, cases: Any) -> torch.Tensor:
-            self.calls += 1
-            if self.calls > 3:
-                raise KeyboardInterrupt
-            return super().__call__(media, cases)
-
-    report = run("tree", "sd3", reward=Impatient()).report
+    report = run("tree", "sd3", reward=Impatient(3)).report
     assert report.notes == ["interrupted: this is the best so far"]
     assert report.counts == [3]
 

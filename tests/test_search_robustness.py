@@ -14,7 +14,7 @@ from diffalign.drive import Driver
 from diffalign.errors import ConfigError, ModelError, NotDifferentiable
 from diffalign.pipelines import BestOfNPipeline, ReNOPipeline, SearchPipeline, SMCPipeline
 from diffalign.trees import read_tree, save_tree
-from tests.test_search_pipelines import Brightness, plain_nfe, run, seeded
+from tests.test_search_pipelines import Brightness, Impatient, plain_nfe, run, seeded
 from tests.tiny import build, call
 
 
@@ -192,20 +192,11 @@ def test_short_memory_inside_the_model_leaves_a_raised_autoencoder_raised(monkey
 
 
 def test_an_interrupt_between_backward_passes_leaves_the_autoencoder_as_it_was():
-    class Impatient(Brightness):
-        calls = 0
-
-        def __call__(self, media: torch.Tensor, cases: Any) -> torch.Tensor:
-            self.calls += 1
-            if self.calls > 1:
-                raise KeyboardInterrupt
-            return super().__call__(media, cases)
-
     pipe = build("sdxl").to(torch.float16)
     own = pipe.vae.decode
     pipe.vae.decode = lambda *args, **kwargs: own(*args, **kwargs)  # as torch.compile would set it
     mine = pipe.vae.decode
-    ReNOPipeline.from_pipe(pipe)(**call("sdxl", 1), generator=seeded(), reward=Impatient(), reno={"iterations": 4})
+    ReNOPipeline.from_pipe(pipe)(**call("sdxl", 1), generator=seeded(), reward=Impatient(1), reno={"iterations": 4})
     assert {p.dtype for p in pipe.vae.parameters()} == {torch.float16}
     assert vars(pipe.vae)["decode"] is mine
 

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign import registry, scoring, zoo
-from diffalign.bench.seam import alternated, random_sd3
+from diffalign import registry, scoring, world, zoo
+from diffalign.bench.seam import alternated, model_calls, random_sd3
 from diffalign.cases import Case, derived_seed
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError
 from diffalign.restore import frozen
 
 METHODS = ("tree", "smc")
-MOST = 240  # held-out prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +38,17 @@ class PaceBench:
         for name in ("prompts", "images", "steps", "passes", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"bench.{name} is {getattr(self, name)}, but it must be at least 1.")
-        if self.prompts > MOST:
-            raise ConfigError(f"bench.prompts is {self.prompts}, but the held-out set has {MOST}.")
+        if self.prompts > (most := len(world.prompts("heldout"))):
+            raise ConfigError(f"bench.prompts is {self.prompts}, but the held-out set has {most}.")
 
 
-def measure(config: PaceBench | None = None, *, on_step: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def measure(config: PaceBench | None = None) -> dict[str, Any]:
     """All ratios: lock-step above 1 is a gain, noise optimisation above 1 is a loss."""
     config = config or PaceBench()
     found: dict[str, Any] = {"prompts": config.prompts, "lockstep": {}}
     for name, pipe, asked in (("overhead-bound", *_small(config)), ("shapes-sd3", *_embedded("shapes-sd3", config))):
         for method in METHODS:
-            on_step(f"{method} on {name}")
             found["lockstep"].setdefault(name, {})[method] = lockstep(pipe, asked, method, config)
-    on_step("noise optimisation")
     pipe, asked = _embedded("shapes-turbo", config)
     return found | noise_optimisation(pipe, asked, scoring.make_reward("clip"), config)
 
@@ -118,15 +115,9 @@ def kept_bytes(run: Callable[[], Any]) -> int:
 def _bare_pass(pipe: Any, asked: dict[str, Any], reward: Any) -> Callable[[], Tensor]:
     """Model, decoder, reward and the gradient in the noise, by hand for a one-step flow model."""
     driver = Driver(pipe, **asked)
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     noise = driver.start()
     model, vae = pipe.transformer, pipe.vae
-    handle = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    try:
-        driver.predict(noise, 0)
-    finally:
-        handle.remove()
-    ((args, kwargs),) = seen
+    ((args, kwargs),) = model_calls(driver, noise)
 
     def bare() -> Tensor:
         with torch.enable_grad():
@@ -157,7 +148,5 @@ def _small(config: PaceBench) -> tuple[Any, dict[str, Any]]:
 
 
 def _embedded(name: str, config: PaceBench) -> tuple[Any, dict[str, Any]]:
-    from diffalign import world
-
     cases: list[Case] = list(world.prompts("heldout"))[: config.prompts]
     return zoo.load(name), {"prompt": [case.prompt for case in cases], **zoo.card(name)["call"]}

@@ -74,8 +74,8 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def _bare_call(driver: Driver, x: torch.Tensor) -> Callable[[], Any]:
-    """The denoiser call that one predict makes, with the very arguments it was given, and nothing around it."""
+def model_calls(driver: Driver, x: torch.Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of every denoiser call that one predict makes."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     driver.predict(x, 0)
     model = driver.modules[driver.denoiser or "transformer"]
@@ -84,6 +84,13 @@ def _bare_call(driver: Driver, x: torch.Tensor) -> Callable[[], Any]:
         driver.predict(x, 0)
     finally:
         handle.remove()
+    return seen
+
+
+def _bare_call(driver: Driver, x: torch.Tensor) -> Callable[[], Any]:
+    """The denoiser call that one predict makes, with the very arguments it was given, and nothing around it."""
+    seen = model_calls(driver, x)
+    model = driver.modules[driver.denoiser or "transformer"]
 
     def bare() -> None:
         with torch.no_grad():

@@ -57,7 +57,7 @@ class Pace(Verb):
     measured against the bare forward and backward pass of the same graph on shapes-turbo, in time and in the memory
     that it keeps. All are ratios from one run.
 
-    
+    \b
     diffalign bench pace
     diffalign bench pace --prompts 4 --repeats 1 --json pace.json
     """

@@ -49,7 +49,7 @@ def slope(chain: Chain, judge: Judge, x: Tensor, i: int, rows: Sequence[int]) ->
             media = chain.finish(chain.denoised(start, prediction, i), rows[part], grad=True)
             rewards = judge.slopes(media, rows[part])
             found = judge.climb(rewards, start, "the gradient proposal")
-        sound = found.flatten(1).isfinite().all(1) & rewards.isfinite()
+        sound = found.flatten(1).isfinite().all(1) & rewards.isfinite().to(found.device)
         gradient = torch.where(sound.view(-1, *[1] * (x.ndim - 1)), found.float(), 0.0)
         return prediction.detach(), rewards.detach().float().cpu(), gradient
 

@@ -23,14 +23,10 @@ class TreeConfig:
     """
 
     mode: Literal["search", "sample"] = "search"  # DTS* hunts for the best leaf, DTS draws from the tilted law
-    strength: float = (
-        BY_MODE  # nats per unit of reward, or per standard deviation of it: greater trusts good leaves more
-    )
+    strength: float = BY_MODE  # nats per unit of reward, or per deviation of it: greater trusts good leaves more
     scale: Literal["given", "std"] = "std"  # "std": strength and c_uct are per standard deviation of the first leaves
     calibration: int = 8  # valid leaves that settle that deviation; if they all tie, it waits for one that differs
-    c_uct: float = (
-        BY_MODE  # DTS* only, in the strength's unit of reward: greater goes back to rarely visited nodes more
-    )
+    c_uct: float = BY_MODE  # DTS* only, in the strength's unit: greater goes back to rarely visited nodes more
     width: float = BY_MODE  # children a node may have after one visit; 1 goes deep sooner
     growth: float = BY_MODE  # power of the visits that allows more: 1 never leaves the root
     parallel: int = 1  # leaves a case has in flight: greater fills a device and knows less when it chooses
