@@ -12,8 +12,8 @@ from torch import Tensor
 
 from diffalign.scoring import Score
 from diffalign.search import best_of_n
+from diffalign.search.forest import Tree
 from diffalign.search.judge import Leaf
-from diffalign.search.nodes import Tree
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,8 +19,8 @@ from diffalign.judging import ScoringJudge
 from diffalign.report import SearchReport
 from diffalign.request import Request
 from diffalign.restore import checkpointed, steady
+from diffalign.search.forest import Tree
 from diffalign.search.judge import Leaf
-from diffalign.search.nodes import Tree
 from diffalign.shell import Shell
 from diffalign.walk import PipelineChain
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffalign import atomic
 from diffalign.errors import ConfigError
-from diffalign.search.nodes import Tree
+from diffalign.search.forest import Tree
 from diffalign.searching import Session
 
 # What changes neither nodes nor rewards, or is in the seeds already.

@@ -21,6 +21,7 @@ from diffalign.errors import ConfigError
 from diffalign.registry import register_pipeline
 from diffalign.search import tree as core
 from diffalign.search.tree import Tree, TreeConfig
+from diffalign.search.values import value_of
 from diffalign.search_shell import SearchShell
 from diffalign.searching import Found, Improvement, Method, Session
 from diffalign.trees import origin_of, read_tree, require_same_origin
@@ -41,17 +42,23 @@ class TreePipeline(SearchShell):
         top_k: int | None = None,
         on_improve: Callable[[Improvement], None] | None = None,
         grown: Tree | str | os.PathLike[str] | None = None,
+        value: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The stock call; with `reward` the best `top_k` leaves per prompt, best first, and a `.report`.
 
         `report.tree` goes on growing when the same call gets it as `grown`, also from a file that `save_tree` wrote.
+        `value` judges the unfinished nodes of a walk too, so that a choice need not rest on single leaves: "clean" (the
+        clean prediction, no model call), a number of completion steps (the dense step rewards), ("rollouts", n), or an
+        object with the protocol of `diffalign.search.values.Value`. Left out, only finished images count.
         """
         asked = {"reward": reward, "budget": budget, "top_k": top_k, "on_improve": on_improve}
-        return self.search(args, kwargs, self.method(tree, grown=grown), **asked)
+        return self.search(args, kwargs, self.method(tree, grown=grown, value=value), **asked)
 
     @classmethod
-    def method(cls, given: Any = None, *, grown: Tree | str | os.PathLike[str] | None = None) -> Method:
+    def method(
+        cls, given: Any = None, *, grown: Tree | str | os.PathLike[str] | None = None, value: Any = None
+    ) -> Method:
         config = settings(TreeConfig, given, "tree")
 
         def run(session: Session, noise: Tensor | None) -> Found:
@@ -72,7 +79,8 @@ class TreePipeline(SearchShell):
             before.origin = asked
             session.tree = before
             _show_best(session, before)
-            core.grow(session.chain, session.judge, config, before, noise=seeds)
+            chosen = None if value is None else value_of(value, session.judge, config.strength)
+            core.grow(session.chain, session.judge, config, before, noise=seeds, value=chosen)
             told = before.result()
             names = ("leaves", "nodes", "depth", "value", "descent")
             return Found(_noise_of_best(session, before), {"tree": {name: getattr(told, name) for name in names}})

@@ -9,8 +9,11 @@ Where we differ: the paper's constants are not known to us for certain, so all o
 out follows the mode: the wide tree of the reports samples well, but hunts worse than a deep one. The strength may
 be measured in standard deviations of a case's first leaves; until it is settled, descents take the least visited
 child. A step that draws no noise has one child. Invalid leaves leave the mean over their siblings. A descent onto a
-finished leaf repeats at once, so that a round ends with walks to make. `levels`, `fixed`, and starts found
-elsewhere (`noise`) are ours.
+finished leaf repeats at once, so that a round ends with walks to make. `levels`, `fixed`, starts found elsewhere
+(`noise`) and values of unfinished nodes (`value`) are ours. Such a value decides where to grow, as `value_weight`
+visits more of a node, so that it guides while the node is new and fades as leaves come in. It is never backed up, where
+a long walk's many opinions would drown its one reward, and nothing is drawn by it, because the leaves it hopes for may
+not be there. Exact values take away the low bias of growing by what was found.
 """
 
 from __future__ import annotations
@@ -26,13 +29,14 @@ from torch import Tensor
 from diffalign.errors import ConfigError
 from diffalign.noise import case_generator, case_noise
 from diffalign.search.chain import Chain
+from diffalign.search.forest import Tree as Tree
+from diffalign.search.forest import TreeResult as TreeResult
 from diffalign.search.judge import Judge
-from diffalign.search.nodes import Nodes
-from diffalign.search.nodes import Tree as Tree
-from diffalign.search.nodes import TreeResult as TreeResult
+from diffalign.search.nodes import Nodes, Stop
 from diffalign.search.tree_config import TreeConfig as TreeConfig
+from diffalign.search.values import Value
 
-Track = list[tuple[Tensor, Tensor]]  # latent and prediction of each level a walk passed, on the CPU
+Prices = list[tuple[int, int]]  # NFE and scored images of a walk that joins at each level
 
 
 @dataclass
@@ -62,14 +66,18 @@ def grow(
     tree: Tree | None = None,
     iterations: int | None = None,
     noise: Tensor | Sequence[Tensor] | None = None,
+    value: Value | None = None,
 ) -> Tree:
     """Grow the cases' trees by `iterations` descents each, or to the end of the budget; a given `tree` grows in place.
 
     Walks still queued when a limit is reached are the first of the next call, so cutting it up changes no tree.
-    `noise` (B, N, ...), or one (N, ...) per case, starts the first N children of a new tree's roots.
+    `noise` (B, N, ...), or one (N, ...) per case, starts the first N children of a new tree's roots. `value` judges the
+    nodes of each new walk, at its own cost.
     """
-    tree = _planted(chain, judge, tree, noise)
+    prices = _prices(chain, config, value)
+    tree = _planted(chain, judge, tree, noise, prices[0])
     for nodes in tree.cases:
+        nodes.trust = config.value_weight
         nodes.stall = nodes.stall if nodes.stall < config.patience else 0
         _weigh(nodes, config)
     like = chain.first(chain.seeds[:1], [0])
@@ -78,16 +86,30 @@ def grow(
         trips: list[_Trip] = []
         for row, (nodes, purse) in enumerate(zip(tree.cases, purses, strict=True)):
             _choose(nodes, tree.free, config, purse.goal)
-            trips += _payable(row, nodes, purse, chain.costs)
-        spend = sum(sum(chain.costs[trip.level :]) for trip in trips)
-        if not trips or not judge.affords(nfe=spend, scored=len(trips)):
+            trips += _payable(row, nodes, purse, prices)
+        nfe, scored = (sum(prices[trip.level][kind] for trip in trips) for kind in (0, 1))
+        if not trips or not judge.affords(nfe=nfe, scored=scored):
             return tree
-        tracks, x = _walk(chain, tree, trips, like)
+        tracks, x = _walk(chain, tree, trips, like, config, value)
         rewards = judge.leaf(x, [trip.row for trip in trips])
         _hang(tree, config, trips, (tracks, x), rewards)
 
 
-def _planted(chain: Chain, judge: Judge, tree: Tree | None, noise: Tensor | Sequence[Tensor] | None) -> Tree:
+def _prices(chain: Chain, config: TreeConfig, value: Value | None) -> Prices:
+    prices = [(0, 1)]
+    for i in reversed(range(chain.length)):
+        nfe, scored = value.cost(i) if _asks(config, value, i) and value else (0, 0)
+        prices.insert(0, (prices[0][0] + chain.costs[i] + nfe, prices[0][1] + scored))
+    return prices
+
+
+def _asks(config: TreeConfig, value: Value | None, i: int) -> bool:
+    return value is not None and config.value_weight > 0 and (not config.value_levels or i in config.value_levels)
+
+
+def _planted(
+    chain: Chain, judge: Judge, tree: Tree | None, noise: Tensor | Sequence[Tensor] | None, price: tuple[int, int]
+) -> Tree:
     cases = len(chain.seeds)
     if tree is not None:
         if noise is not None:
@@ -97,7 +119,7 @@ def _planted(chain: Chain, judge: Judge, tree: Tree | None, noise: Tensor | Sequ
             return tree
     elif noise is not None and len(noise) != cases:
         raise ConfigError(f"noise is given for {len(noise)} cases, but there are {cases}.")
-    judge.require(nfe=cases * sum(chain.costs), scored=cases, what="a first walk")
+    judge.require(nfe=cases * price[0], scored=cases * price[1], what="a first walk")
     return tree or Tree(chain.seeds, chain.length, noise)
 
 
@@ -168,11 +190,11 @@ def _descend(nodes: Nodes, free: list[bool], config: TreeConfig) -> list[int]:
 def _allowance(nodes: Nodes, node: int, free: list[bool], config: TreeConfig) -> int:
     """How many children a node may have."""
     level = nodes.level[node] + 1
-    if not free[level]:
+    if not free[level] or (level and nodes.prediction[node] is None):
         return 1
     if config.fixed:
         most = config.fixed[level] if level < len(config.fixed) else 1
-    elif config.levels and level not in config.levels:
+    elif not config.branches(level):
         most = 1
     else:
         most = math.ceil(config.width * max(1, nodes.visits[node]) ** config.growth)
@@ -183,30 +205,32 @@ def _pick(nodes: Nodes, node: int, known: list[int], config: TreeConfig, uniform
     if config.fixed or not nodes.settled:
         return min(known, key=nodes.visits.__getitem__)
     if config.mode == "sample":
-        return nodes.tempted(node, uniforms[nodes.level[node] + 1])
+        return nodes.tempted(node, uniforms[nodes.level[node] + 1], growing=True)
     pull = config.c_uct * nodes.scale * math.sqrt(math.log(nodes.visits[node]))
-    return max(known, key=lambda child: nodes.value[child] + pull / math.sqrt(nodes.visits[child]))
+    return max(known, key=lambda child: nodes.esteem(child) + pull / math.sqrt(nodes.visits[child]))
 
 
-def _payable(row: int, nodes: Nodes, purse: _Purse, costs: Sequence[int]) -> list[_Trip]:
+def _payable(row: int, nodes: Nodes, purse: _Purse, prices: Prices) -> list[_Trip]:
     """The queue's walks, from its front, that the case can still pay; they are paid for."""
     trips: list[_Trip] = []
     twins: Counter[int] = Counter()
     for parent in nodes.queue if nodes.filled else []:
         level = nodes.level[parent] + 1
-        cost, made = sum(costs[level:]), nodes.visits[0] - len(nodes.queue) + len(trips)
-        if made >= purse.goal or cost > purse.nfe or purse.scored < 1:
+        (nfe, scored), made = prices[level], nodes.visits[0] - len(nodes.queue) + len(trips)
+        if made >= purse.goal or nfe > purse.nfe or scored > purse.scored:
             break
         order = len(nodes.children[parent]) + twins[parent]
         trips.append(_Trip(row, parent, order, level, nodes.child_seed(parent, order)))
         twins[parent] += 1
-        purse.nfe, purse.scored = purse.nfe - cost, purse.scored - 1
+        purse.nfe, purse.scored = purse.nfe - nfe, purse.scored - scored
     return trips
 
 
-def _walk(chain: Chain, tree: Tree, trips: list[_Trip], like: Tensor) -> tuple[list[Track], Tensor]:
+def _walk(
+    chain: Chain, tree: Tree, trips: list[_Trip], like: Tensor, config: TreeConfig, value: Value | None
+) -> tuple[list[list[Stop]], Tensor]:
     """Walk all trips to the end, one model call per level, rows joining at theirs; final latents are (K, ...)."""
-    tracks: list[Track] = [[] for _ in trips]
+    tracks: list[list[Stop]] = [[] for _ in trips]
     live: list[int] = []
     x = like[:0]
     for i in range(min(trip.level for trip in trips), chain.length + 1):
@@ -215,12 +239,19 @@ def _walk(chain: Chain, tree: Tree, trips: list[_Trip], like: Tensor) -> tuple[l
             x, live = torch.cat([x, _children(chain, tree, [trips[k] for k in fresh], i, like)]), live + fresh
         if i == chain.length:
             break
-        prediction = chain.predict(x, i, [trips[k].row for k in live])
-        for k, latent, aim in zip(live, _kept(x), _kept(prediction), strict=True):
-            tracks[k].append((latent, aim))
+        rows, seeds = [trips[k].row for k in live], [trips[k].seed for k in live]
+        prediction = chain.predict(x, i, rows)
         step = chain.transition(x, prediction, i)
         tree.free[i + 1] = step.std != 0
-        noise = case_noise([trips[k].seed for k in live], x, "step", i) if step.std else None
+        blank: Sequence[Tensor | None] = [None] * len(live)
+        aims = _kept(prediction) if tree.free[i + 1] and config.branches(i + 1) else blank
+        latents = _kept(x) if i == 0 or aims is not blank else blank  # a start is kept for who goes on from it
+        opinions = [math.nan] * len(live)
+        if value is not None and _asks(config, value, i):
+            opinions = value(x, prediction, i, rows, seeds).tolist()
+        for k, latent, aim, opinion in zip(live, latents, aims, opinions, strict=True):
+            tracks[k].append(Stop(latent, aim, opinion))
+        noise = case_noise(seeds, x, "step", i) if step.std else None
         x = step.sample(noise, dtype=x.dtype)
     return tracks, x[torch.tensor(live, device=x.device).argsort()]
 
@@ -244,7 +275,9 @@ def _start(chain: Chain, nodes: Nodes, trip: _Trip, like: Tensor) -> Tensor:
     return chain.first([trip.seed], [trip.row])
 
 
-def _hang(tree: Tree, config: TreeConfig, trips: list[_Trip], walks: tuple[list[Track], Tensor], r: Tensor) -> None:
+def _hang(
+    tree: Tree, config: TreeConfig, trips: list[_Trip], walks: tuple[list[list[Stop]], Tensor], r: Tensor
+) -> None:
     """Put finished walks and their rewards (K,) into the trees and take them off the queues."""
     for trip, track, final, reward in zip(trips, walks[0], _kept(walks[1]), r.tolist(), strict=True):
         nodes = tree.cases[trip.row]

@@ -31,6 +31,8 @@ class TreeConfig:
     growth: float = BY_MODE  # power of the visits that allows more: 1 never leaves the root
     parallel: int = 1  # leaves a case has in flight: greater fills a device and knows less when it chooses
     iterations: int = 64  # descents per case where neither the call nor the budget says when to stop
+    value_weight: float = 1.0  # visits that a node's own value counts as where one is given: see grow
+    value_levels: tuple[int, ...] = ()  # levels that such a value is asked about; empty: all of them
     levels: tuple[int, ...] = ()  # levels that may hold siblings, 0 being the noise; empty: all
     fixed: tuple[int, ...] = ()  # siblings at levels 0, 1, ..., one below: a tree of that shape in place of widening
     visits_start: int = 0  # visits a new node begins with, before the one that made it
@@ -43,7 +45,7 @@ class TreeConfig:
         for name, value in SETTINGS[self.mode].items():
             if getattr(self, name) is BY_MODE:
                 object.__setattr__(self, name, value)
-        for name in ("strength", "c_uct", "width", "growth"):
+        for name in ("strength", "c_uct", "width", "growth", "value_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"tree.{name} is {getattr(self, name)}, but it must be finite and not negative.")
         for name, least in (("calibration", 2), ("parallel", 1), ("iterations", 1), ("patience", 1)):
@@ -58,7 +60,14 @@ class TreeConfig:
             raise ConfigError(f"tree.visits_start is {self.visits_start}, but a new node counts as seen 0 or 1 times.")
         if self.levels and self.fixed:
             raise ConfigError(f"tree.levels {self.levels} and tree.fixed {self.fixed} both shape the tree. Keep one.")
-        if min((*self.levels, 0)) < 0:
-            raise ConfigError(f"tree.levels is {self.levels}, but levels begin at 0, the noise.")
+        for name, levels in (("levels", self.levels), ("value_levels", self.value_levels)):
+            if min((*levels, 0)) < 0:
+                raise ConfigError(f"tree.{name} is {levels}, but levels begin at 0, the noise.")
         if min((*self.fixed, 1)) < 1:
             raise ConfigError(f"tree.fixed is {self.fixed}, but a level holds at least 1 child.")
+
+    def branches(self, level: int) -> bool:
+        """Whether a level may hold siblings."""
+        if self.fixed:
+            return level < len(self.fixed) and self.fixed[level] > 1
+        return not self.levels or level in self.levels
