@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from diffalign import media
-from diffalign.cases import Case, candidate_seed, row_seed
+from diffalign.cases import Case, candidate_seed, derived_seed, row_seed
 from diffalign.errors import ConfigError
 
 
@@ -20,11 +21,13 @@ class Request:
 
     Candidate k of a case is drawn from `candidate_seed(case.seed, k)`, on a generator of its own, so it does not depend
     on its neighbours. Candidates of the first call are the stock images: they get the caller's own generator, latents.
+    A generator that has drawn before stands for a seed of its own, so that one passed again gives other images.
     """
 
     arguments: dict[str, Any]
     cases: list[Case]  # one per prompt
     per_call: int = 1  # images of a prompt that one stock call makes
+    given_seeds: list[int] = field(default_factory=list)  # of the caller's generators as they were given
 
     @classmethod
     def of(cls, pipe: Any, call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Request:
@@ -36,7 +39,7 @@ class Request:
             given |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
         if "generator" not in signature.parameters:
             raise ConfigError(f"{type(pipe).__name__} takes no generator, so its candidates could not be told apart.")
-        return cls(given, _cases(pipe, signature, given))
+        return cls(given, _cases(pipe, signature, given), given_seeds=_given_seeds(given.get("generator")))
 
     @property
     def generator(self) -> Any:
@@ -58,13 +61,28 @@ class Request:
         if rows % len(self.cases):
             raise ConfigError(f"{len(self.cases)} prompts gave {rows} images, so they cannot be matched.")
         self.per_call = rows // len(self.cases)
-        seeds = _seeds(self.generator, len(self.cases), self.per_call)
+        seeds = self._seeds(len(self.cases))
         self.cases = [case.with_seed(seed) for case, seed in zip(self.cases, seeds, strict=True)]
+
+    def advance(self) -> None:
+        """Use the caller's generators, as a stock call would: the next call with them draws something else."""
+        generators = self.generator if isinstance(self.generator, list) else [self.generator]
+        for generator in generators:
+            if generator is not None:
+                torch.rand((), generator=generator, device=generator.device)
+
+    def _seeds(self, prompts: int) -> list[int]:
+        if isinstance(self.generator, list):
+            return self.given_seeds[:: self.per_call]
+        if self.given_seeds:
+            return [row_seed(self.given_seeds[0], row) for row in range(prompts)]
+        drawn = torch.randint(2**62, (prompts,))  # follows torch.manual_seed, as the stock call does
+        return [int(seed) for seed in drawn]
 
     def seed(self, row: int, candidate: int) -> int:
         """The seed of a prompt's candidate; one of the first call has its own generator's if the caller gave a list."""
         if candidate < self.per_call and isinstance(self.generator, list):
-            return int(self.generator[row * self.per_call + candidate].initial_seed())
+            return self.given_seeds[row * self.per_call + candidate]
         return candidate_seed(self.cases[row].seed, candidate)
 
     def asked(self, number: int, **changes: Any) -> dict[str, Any]:
@@ -115,13 +133,17 @@ def _rows_without_prompts(given: dict[str, Any]) -> int:
     return len(embedded[0]) if embedded else int(given.get("batch_size", 1))
 
 
-def _seeds(generator: Any, prompts: int, per_call: int) -> list[int]:
-    if isinstance(generator, list):
-        return [int(generator[row * per_call].initial_seed()) for row in range(prompts)]
-    if generator is not None:
-        first = int(generator.initial_seed())
-        return [row_seed(first, row) for row in range(prompts)]
-    return [int(seed) for seed in torch.randint(2**62, (prompts,))]  # follows torch.manual_seed, as the stock call does
+def _given_seeds(generator: Any) -> list[int]:
+    given = generator if isinstance(generator, list) else [generator]
+    return [_seed_of(each) for each in given if each is not None]
+
+
+def _seed_of(generator: torch.Generator) -> int:
+    """The seed a generator was set to; one that has drawn since is known by its state."""
+    seed, state = int(generator.initial_seed()), generator.get_state()
+    if torch.equal(state, torch.Generator(generator.device).manual_seed(seed).get_state()):
+        return seed
+    return derived_seed(seed, "used", hashlib.sha256(state.numpy().tobytes()).hexdigest())
 
 
 def _device(generator: Any) -> torch.device:

@@ -159,6 +159,7 @@ class Session:
                 if not all(self.judge.best):
                     raise
                 self.notes.append("interrupted: this is the best so far")
+            self.request.advance()
             output = self._assemble()  # may decode, so offloaded modules go home only after it
         if broken := sum(self.judge.broken):
             self.notes.append(f"{broken} images had NaN or infinite pixels and were dropped")
@@ -177,7 +178,7 @@ class Session:
         whole, noise, share = self.budget.limits, None, 0.0
         for k, (method, part) in enumerate(methods):
             share += part
-            if noise is not None and not method.starts_from_noise:
+            if k and (noise is None or not method.starts_from_noise):
                 self.notes.append(f"method {k + 1} of {len(methods)} draws its own starts, not the noise found before")
             self.budget.limits = whole.part(share) if k + 1 < len(methods) else whole
             try:

@@ -106,7 +106,6 @@ class PipelineChain:
         return self.driver.from_noise(noise)
 
     def unscaled(self, x: Tensor) -> Tensor | None:
-        """The standard normal noise (B, ...) behind latents of level 0; None where a pipeline starts from an image."""
         return x / self._unit if starts_from_noise(self) else None
 
     def predict(self, x: Tensor, i: int, rows: Sequence[int], *, grad: bool = False) -> Tensor:
@@ -133,18 +132,17 @@ class PipelineChain:
         return self._in_chunks(rows, lambda part: media.to_tensor(self._at(rows[part]).decode(x[part])))
 
     def generate(
-        self, noise: Tensor, rows: Sequence[int], *, seeds: Sequence[int] | None = None, grad: bool = False
+        self, x: Tensor, rows: Sequence[int], *, seeds: Sequence[int] | None = None, grad: bool = False
     ) -> tuple[Tensor, Tensor]:
         def run(part: slice) -> tuple[Tensor, Tensor]:
-            driver, x = self._at(rows[part]), self.driver.from_noise(noise[part])
-            driver = driver if seeds is None else driver.reseeded(seeds[part])
-            walk = driver.rollout(x=x, grad=grad, quiet=True)
+            driver = self._at(rows[part]) if seeds is None else self._at(rows[part]).reseeded(seeds[part])
+            walk = driver.rollout(x=x[part], grad=grad, quiet=True)
             return walk.latents[-1], media.to_tensor(walk.media)
 
         if grad:
             return run(slice(None))
         found = self.chunks.over(len(rows), run)
-        return torch.cat([x for x, _ in found]), torch.cat([pixels for _, pixels in found])
+        return torch.cat([final for final, _ in found]), torch.cat([pixels for _, pixels in found])
 
     def close(self) -> None:
         self.driver.close()

@@ -286,3 +286,30 @@ def test_best_of_n_takes_seconds_as_people_say_them():
         **call("sd3", 1), generator=seeded(), reward=Brightness(), budget="0.5s"
     )
     assert out.report.candidates > 1
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "tree"])
+def test_a_generator_that_is_passed_again_gives_other_images(method: str):
+    generator = seeded()
+    told = {"method": method, "reward": Brightness(), "budget": 200, "output_type": "pt", **asked()}
+    first, second = (align(build("sd3"), "a cube", generator=generator, **told) for _ in range(2))
+    assert not torch.equal(first.images, second.images)
+    again = align(build("sd3"), "a cube", generator=seeded(), **told)
+    assert torch.equal(first.images, again.images)
+    drop_in = [
+        BestOfNPipeline.from_pipe(build("sd3"))(prompt="a cube", generator=g, reward=Brightness(), n=3, **asked())
+        for g in (generator, generator)
+    ]
+    assert not set(drop_in[0].report.seeds[0]) & set(drop_in[1].report.seeds[0])
+
+
+def test_independent_draws_need_no_pure_noise_to_start_from():
+    pipe, edit = build("sd_img2img"), call("sd_img2img", 1)
+    told = {"reward": Brightness(), "output_type": "pt", **edit}
+    stock = pipe(**edit, generator=seeded(), output_type="pt").images
+    budget = 4 * plain_nfe(pipe, edit)
+    out = align(pipe, method="best_of_n", generator=seeded(), top_k=4, budget=budget, **told)
+    assert len({float(row.mean()) for row in out.images}) == 4
+    assert any(torch.allclose(row, stock[0], atol=1e-5) for row in out.images)
+    both = align(pipe, method="random+tree", generator=seeded(), budget=2 * budget, **told).report
+    assert any("draws its own starts" in note for note in both.notes)

@@ -46,6 +46,10 @@ class Chain(Protocol):
         """Latents (K, ...) at level 0 for standard normal `noise` (K, ...)."""
         ...
 
+    def unscaled(self, x: Tensor) -> Tensor | None:
+        """The standard normal noise (K, ...) behind latents of level 0; None where they are not noise alone."""
+        ...
+
     def predict(self, x: Tensor, i: int, rows: Sequence[int], *, grad: bool = False) -> Tensor:
         """The model's prediction (K, ...) at latents (K, ...) of level i; charges costs[i] a row."""
         ...
@@ -71,9 +75,9 @@ class Chain(Protocol):
         ...
 
     def generate(
-        self, noise: Tensor, rows: Sequence[int], *, seeds: Sequence[int] | None = None, grad: bool = False
+        self, x: Tensor, rows: Sequence[int], *, seeds: Sequence[int] | None = None, grad: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The plain sampler from `noise` (K, ...) to (final latents, media); with `grad` differentiable in `noise`.
+        """The plain sampler from latents x (K, ...) of level 0 to (final latents, media); `grad` keeps the graph to x.
 
         Where the plain sampler draws on its way, row k does so from seeds[k], by default from its case's seed.
         """

@@ -60,9 +60,9 @@ class LocalConfig:
 class LocalResult:
     """Where the search ended; the images themselves are the judge's best."""
 
-    noise: Tensor  # (B, ...) on the CPU: the best start noise of each case
+    noise: Tensor | None  # (B, ...) on the CPU: the best start noise of each case; None if it starts elsewhere
     reward: Tensor  # (B,) its reward, -inf where none was valid
-    pivot: Tensor  # (B, ...) on the CPU: where the walk stands; random search stands at its best
+    pivot: Tensor | None  # (B, ...) on the CPU: where the walk stands; random search stands at its best
     path: Tensor  # (B, R) reward of the pivot after each round
 
 
@@ -95,12 +95,13 @@ def random_search(chain: Chain, judge: Judge, config: LocalConfig = LocalConfig(
     while n := _block(chain, judge, config, done):
         rows = [row for row in range(cases) for _ in range(n)]
         seeds = forked(chain.seeds, rows, list(range(drawn, drawn + n)) * cases)
-        noise = chain.noise(seeds, rows)
-        x, media = chain.generate(noise, rows, seeds=seeds)
-        best.take(noise.view(cases, n, *noise.shape[1:]), judge.seen(x, media, rows, seeds).view(cases, n))
+        start = chain.first(seeds, rows)
+        x, media = chain.generate(start, rows, seeds=seeds)
+        best.take(start.view(cases, n, *start.shape[1:]), judge.seen(x, media, rows, seeds).view(cases, n))
         best.path.append(best.reward)
         drawn, done = drawn + n, done + 1
-    return best.result(best.noise)
+    noise = chain.unscaled(best.start)
+    return best.result(noise, noise)
 
 
 def zero_order(
@@ -113,13 +114,13 @@ def zero_order(
         u = spent_share(chain.budget) if limited(chain) else progress(done, config.rounds)
         tried = climb.propose(n, 1 - scale(config.anneal, u) * (1 - config.cosine))  # (B, n, ...)
         rows = [row for row in range(cases) for _ in range(n)]
-        x, media = chain.generate(tried.flatten(0, 1), rows)
+        x, media = chain.generate(chain.start(tried.flatten(0, 1), rows), rows)
         rewards = judge.seen(x, media, rows).view(cases, n)
         best.take(tried, rewards)
         climb.choose(tried, rewards)
         best.path.append(climb.reward)
         done += 1
-    return best.result(climb.pivot)
+    return best.result(best.start, climb.pivot)
 
 
 class _Climb:
@@ -170,24 +171,25 @@ class _Climb:
 
 
 class _Best:
-    """The best noise of each case so far."""
+    """The best start of each case so far."""
 
     def __init__(self, cases: int) -> None:
         self.reward = torch.full((cases,), -math.inf)
-        self.noise = torch.empty(0)
+        self.start = torch.empty(0)
         self.path: list[Tensor] = []
 
-    def take(self, noise: Tensor, rewards: Tensor) -> None:
-        """Compare noises (B, n, ...) by rewards (B, n); ties stay with the earlier."""
+    def take(self, starts: Tensor, rewards: Tensor) -> None:
+        """Compare starts (B, n, ...) by rewards (B, n); ties stay with the earlier."""
         top, at = rewards.where(~rewards.isnan(), -math.inf).max(1)
         if not self.path:
-            self.noise = noise[:, 0].detach().to("cpu", copy=True)
+            self.start = starts[:, 0].detach().to("cpu", copy=True)
         for row in (top > self.reward).nonzero()[:, 0].tolist():
-            self.noise[row] = noise[row, at[row]].detach().cpu()
+            self.start[row] = starts[row, at[row]].detach().cpu()
         self.reward = self.reward.maximum(top)
 
-    def result(self, pivot: Tensor) -> LocalResult:
-        return LocalResult(self.noise, self.reward, pivot.detach().cpu(), torch.stack(self.path, 1))
+    def result(self, noise: Tensor | None, pivot: Tensor | None) -> LocalResult:
+        standing = None if pivot is None else pivot.detach().cpu()
+        return LocalResult(noise, self.reward, standing, torch.stack(self.path, 1))
 
 
 def limited(chain: Chain) -> bool:

@@ -158,7 +158,7 @@ def begin(chain: Chain, judge: Judge, config: MovesConfig, count: int) -> Partic
     seeds = forked(chain.seeds, rows, list(range(count)) * len(chain.seeds))
     noises = {START: chain.noise(seeds, rows).cpu()} if config.kind == "pcn" else {}
     if config.ode:
-        x, media = chain.generate(chain.noise(seeds, rows), rows)
+        x, media = chain.generate(chain.first(seeds, rows), rows)
         return Particles(rows, seeds, x, judge.seen(x, media, rows).double(), {}, noises)
 
     def draw(x: Tensor, i: int) -> Tensor:
@@ -238,7 +238,7 @@ def _turned(chain: Chain, judge: Judge, config: MovesConfig, old: Particles, see
 
     start = turn(chain.noise(seeds, rows), START)
     if config.ode:
-        x, media = chain.generate(start, rows)
+        x, media = chain.generate(chain.start(start, rows), rows)
         rewards = judge.seen(x, media, rows)
     else:
         x = chain.start(start, rows)

@@ -213,7 +213,7 @@ class _Climb:
             )
             return slopes
         with torch.no_grad():
-            x, media = self.chain.generate(noise.to(self.like), rows)
+            x, media = self.chain.generate(self.chain.start(noise.to(self.like), rows), rows)
             self._note(rows, noise, self.judge.seen(x, media, rows, seeds))
         whole = k + 1 == self.config.iterations
         self._end(rows, "iterations" if whole else "budget")
@@ -255,7 +255,7 @@ class _Climb:
         """Latents, media, rewards (K,) and their slopes (K, ...) in noise (K, ...), zero where a reward is invalid."""
         noise = noise.clone().requires_grad_()
         with torch.enable_grad():
-            x, media = self.chain.generate(noise.to(self.like), rows, grad=True)
+            x, media = self.chain.generate(self.chain.start(noise.to(self.like), rows), rows, grad=True)
             rewards = self.judge.slopes(media, rows)
             slopes = self.judge.climb(rewards, noise, "noise optimisation")
         return x.detach(), media.detach(), rewards.detach(), slopes
@@ -288,5 +288,5 @@ class _Climb:
 def _plain(judge: Judge, noise: Tensor, seeds: Sequence[int] | None) -> Tensor:
     """Rewards (B,) of the judge's chain run plainly from noise (B, ...) of all its cases; they become leaves."""
     chain, rows = judge.chain, list(range(len(judge.chain.seeds)))
-    x, media = chain.generate(noise.to(chain.noise(chain.seeds[:1], [0])), rows)
+    x, media = chain.generate(chain.start(noise.to(chain.noise(chain.seeds[:1], [0])), rows), rows)
     return judge.seen(x, media, rows, seeds)

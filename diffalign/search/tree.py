@@ -129,7 +129,8 @@ def require_fits(chain: Chain, tree: Tree) -> None:
     if seeds != list(chain.seeds) or tree.length != chain.length:
         raise ConfigError(
             f"the tree was grown for seeds {seeds} in {tree.length} steps, but this call has seeds "
-            f"{list(chain.seeds)} in {chain.length}. Repeat the call that began it."
+            f"{list(chain.seeds)} in {chain.length}. Repeat the call that began it, with a generator set "
+            "to its seed anew."
         )
 
 

@@ -245,9 +245,9 @@ class HalfChain(ToyChain):
     def noise(self, seeds: Sequence[int], rows: Sequence[int]) -> Tensor:
         return super().noise(seeds, rows).bfloat16()
 
-    def generate(self, noise: Tensor, rows: Sequence[int], *, grad: bool = False) -> tuple[Tensor, Tensor]:
-        assert noise.dtype == torch.bfloat16
-        return super().generate(noise, rows, grad=grad)
+    def generate(self, x: Tensor, rows: Sequence[int], *, grad: bool = False) -> tuple[Tensor, Tensor]:
+        assert x.dtype == torch.bfloat16
+        return super().generate(x, rows, grad=grad)
 
 
 def test_updates_too_small_for_half_precision_add_up_in_the_master_noise() -> None:

@@ -53,6 +53,9 @@ class ToyChain:
     def start(self, noise: Tensor, rows: Sequence[int]) -> Tensor:
         return noise
 
+    def unscaled(self, x: Tensor) -> Tensor | None:
+        return x
+
     def predict(self, x: Tensor, i: int, rows: Sequence[int], *, grad: bool = False) -> Tensor:
         assert len(x) == len(rows)
         self.calls.append((i, len(x)))
@@ -81,9 +84,8 @@ class ToyChain:
         return x if grad else x.detach()
 
     def generate(
-        self, noise: Tensor, rows: Sequence[int], *, seeds: Sequence[int] | None = None, grad: bool = False
+        self, x: Tensor, rows: Sequence[int], *, seeds: Sequence[int] | None = None, grad: bool = False
     ) -> tuple[Tensor, Tensor]:
-        x = self.start(noise, rows)
         for i in range(self.length):
             x = self.jump(x, self.predict(x, i, rows, grad=grad), i, i + 1)
         return x, self.finish(x, rows, grad=grad)
