@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from diffalign import registry, scoring, world, zoo
-from diffalign.bench.seam import alternated, model_calls, random_sd3
+from diffalign.bench.seam import alternated, model_calls, random_sd3, told
 from diffalign.cases import Case, derived_seed
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError
 from diffalign.restore import frozen
 
 METHODS = ("tree", "smc")
+Tell = Callable[[int, int], None]  # round k of n begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +43,20 @@ class PaceBench:
             raise ConfigError(f"bench.prompts is {self.prompts}, but the held-out set has {most}.")
 
 
-def measure(config: PaceBench | None = None) -> dict[str, Any]:
-    """All ratios: lock-step above 1 is a gain, noise optimisation above 1 is a loss."""
+def measure(config: PaceBench | None = None, *, on_step: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """All ratios: lock-step above 1 is a gain, noise optimisation above 1 is a loss; `on_step` hears what is timed."""
     config = config or PaceBench()
     found: dict[str, Any] = {"prompts": config.prompts, "lockstep": {}}
     for name, pipe, asked in (("overhead-bound", *_small(config)), ("shapes-sd3", *_embedded("shapes-sd3", config))):
         for method in METHODS:
-            found["lockstep"].setdefault(name, {})[method] = lockstep(pipe, asked, method, config)
+            tell = told(on_step, f"{method} on {name}")
+            found["lockstep"].setdefault(name, {})[method] = lockstep(pipe, asked, method, config, tell)
     pipe, asked = _embedded("shapes-turbo", config)
-    return found | noise_optimisation(pipe, asked, scoring.make_reward("clip"), config)
+    tell = told(on_step, "noise optimisation")
+    return found | noise_optimisation(pipe, asked, scoring.make_reward("clip"), config, tell)
 
 
-def lockstep(pipe: Any, asked: dict[str, Any], method: str, config: PaceBench) -> float:
+def lockstep(pipe: Any, asked: dict[str, Any], method: str, config: PaceBench, tell: Tell = lambda *_: None) -> float:
     """Images per second of all prompts in one call over that of one prompt a call."""
     kind: Any = registry.make_pipeline_class(method)
     shell = kind.from_pipe(pipe)
@@ -71,10 +74,12 @@ def lockstep(pipe: Any, asked: dict[str, Any], method: str, config: PaceBench) -
         for row in rows:
             search([row])
 
-    return median(a / b for a, b in alternated((alone, lambda: search(rows)), config.repeats))
+    return median(a / b for a, b in alternated((alone, lambda: search(rows)), config.repeats, tell=tell))
 
 
-def noise_optimisation(pipe: Any, asked: dict[str, Any], reward: Any, config: PaceBench) -> dict[str, float]:
+def noise_optimisation(
+    pipe: Any, asked: dict[str, Any], reward: Any, config: PaceBench, tell: Tell = lambda *_: None
+) -> dict[str, float]:
     """Time and kept memory of one iteration over those of the bare forward and backward pass of the same graph."""
     kind: Any = registry.make_pipeline_class("reno")
     shell = kind.from_pipe(pipe)
@@ -93,7 +98,7 @@ def noise_optimisation(pipe: Any, asked: dict[str, Any], reward: Any, config: Pa
 
     parts = (lambda: optimise(1), lambda: optimise(1 + config.passes), passes)
     with frozen(pipe.components[name] for name in ("transformer", "vae")):
-        ratios = [(whole - first) / between for first, whole, between in alternated(parts, config.repeats)]
+        ratios = [(whole - first) / between for first, whole, between in alternated(parts, config.repeats, tell=tell)]
         memory = kept_bytes(lambda: optimise(2)) / kept_bytes(bare)
     return {"reno_time_ratio": median(ratios), "reno_memory_ratio": memory}
 

@@ -41,11 +41,10 @@ def measure(config: SeamBench | None = None, *, on_step: Callable[[str], None] =
     driver = Driver(pipe, **call)
     x = driver.start()
     bare = _bare_call(driver, x)
-    on_step("timing predict")
-    predicts = alternated((bare, lambda: driver.predict(x, config.steps // 2)), config.repeats, unused=2)
-    on_step("timing rollouts")
-    stock = _stock_call(pipe, call)
-    rollouts = alternated((stock, lambda: Driver(pipe, **call).rollout(quiet=True)), config.rollouts)
+    tell = told(on_step, "timing predict")
+    predicts = alternated((bare, lambda: driver.predict(x, config.steps // 2)), config.repeats, unused=2, tell=tell)
+    stock, tell = _stock_call(pipe, call), told(on_step, "timing rollouts")
+    rollouts = alternated((stock, lambda: Driver(pipe, **call).rollout(quiet=True)), config.rollouts, tell=tell)
     return {
         "predict_ratio": median(b / a for a, b in predicts),
         "rollout_ratio": median(b / a for a, b in rollouts),
@@ -56,9 +55,27 @@ def measure(config: SeamBench | None = None, *, on_step: Callable[[str], None] =
     }
 
 
-def alternated(runs: Sequence[Callable[[], Any]], count: int, *, unused: int = 1) -> list[tuple[float, ...]]:
-    """Seconds of each of `runs`, taken in turn `count` times after `unused` rounds that warm them up."""
-    return [tuple(_seconds(run) for run in runs) for _ in range(count + unused)][unused:]
+def alternated(
+    runs: Sequence[Callable[[], Any]],
+    count: int,
+    *,
+    unused: int = 1,
+    tell: Callable[[int, int], None] = lambda *_: None,
+) -> list[tuple[float, ...]]:
+    """Seconds of each of `runs`, taken in turn `count` times after `unused` rounds that warm them up.
+
+    `tell(k, n)` hears that round k of n begins.
+    """
+    found: list[tuple[float, ...]] = []
+    for k in range(count + unused):
+        tell(k + 1, count + unused)
+        found.append(tuple(_seconds(run) for run in runs))
+    return found[unused:]
+
+
+def told(on_step: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+    """Says which round of `what` begins."""
+    return lambda k, n: on_step(f"{what}, round {k} of {n}")
 
 
 def _seconds(run: Callable[[], Any]) -> float:

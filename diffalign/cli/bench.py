@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -42,7 +45,8 @@ class Seam(Verb):
         size = seam.SeamBench(
             model_ms=self.model_ms, steps=self.steps, repeats=self.repeats, rollouts=rollouts, seed=self.seed
         )
-        found = seam.measure(size)
+        with _said() as on_step:
+            found = seam.measure(size, on_step=on_step)
         for name, value in found.items():
             print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
         return found
@@ -74,13 +78,24 @@ class Pace(Verb):
     def run(self) -> dict[str, Any]:
         from diffalign.bench import pace
 
-        found = pace.measure(pace.PaceBench(prompts=self.prompts, repeats=self.repeats, seed=self.seed))
+        size = pace.PaceBench(prompts=self.prompts, repeats=self.repeats, seed=self.seed)
+        with _said() as on_step:
+            found = pace.measure(size, on_step=on_step)
         for model, ratios in found["lockstep"].items():
             for method, ratio in ratios.items():
                 print(f"{self.prompts} prompts of {model} in lock-step by {method}: {ratio:.3g} times as fast")
         for name in ("time", "memory"):
             print(f"noise optimisation over the bare passes, {name}: {found[f'reno_{name}_ratio']:.4g}")
         return found
+
+
+@contextmanager
+def _said() -> Iterator[Callable[[str], None]]:
+    """A line on the terminal that says what is being timed, with the time so far; it adds nothing while a run lasts."""
+    from tqdm.auto import tqdm
+
+    with tqdm(bar_format="{desc} [{elapsed}]", disable=not sys.stderr.isatty(), leave=False) as bar:
+        yield bar.set_description_str
 
 
 VERBS: tuple[type[Verb], ...] = (Seam, Pace, Search)
