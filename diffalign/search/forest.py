@@ -108,7 +108,6 @@ class Tree:
             "prediction": _stacked([p for nodes in cases for p in nodes.prediction if p is not None]),
             "has_prediction": _joined([[int(p is not None) for p in nodes.prediction] for nodes in cases]),
             "opinion": torch.tensor([each for nodes in cases for each in nodes.opinion]),
-            "trust": torch.tensor([nodes.trust for nodes in cases], dtype=torch.float64),
             "strength": torch.tensor([nodes.strength for nodes in cases], dtype=torch.float64),
             "queued": torch.tensor([len(nodes.queue) for nodes in cases]),
             "queue": _joined([nodes.queue for nodes in cases]),
@@ -124,7 +123,7 @@ class Tree:
         held = {name: iter(state[name]) for name in ("x", "prediction", "noise")}
         per_node = ("parent", "visits", "reward", "queue", "has_x", "has_prediction", "opinion")
         numbers = {name: iter(state[name].tolist()) for name in per_node}
-        per_case = ("nodes", "strength", "trust", "queued", "filled", "stall", "noises")
+        per_case = ("nodes", "strength", "queued", "filled", "stall", "noises")
         tree = cls([high * HALF + low for high, low in state["seed"].tolist()], int(state["length"]))
         tree.free = [bool(free) for free in state["free"].tolist()]
         for b, nodes in enumerate(tree.cases):
@@ -141,8 +140,7 @@ class Tree:
                 nodes.value[leaf_node] = next(numbers["reward"])
             nodes.visits = [next(numbers["visits"]) for _ in nodes.parent]
             nodes.queue = [next(numbers["queue"]) for _ in range(int(own["queued"]))]
-            nodes.strength, nodes.trust = own["strength"], own["trust"]
-            nodes.filled, nodes.stall = bool(own["filled"]), int(own["stall"])
+            nodes.strength, nodes.filled, nodes.stall = own["strength"], bool(own["filled"]), int(own["stall"])
             if own["noises"] >= 0:
                 nodes.noise = _stacked([next(held["noise"]) for _ in range(int(own["noises"]))])
             nodes.renew()

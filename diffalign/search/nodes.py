@@ -41,7 +41,7 @@ class Nodes:
         self.x: list[Tensor | None] = [None]
         self.prediction: list[Tensor | None] = [None]
         self.opinion = [math.nan]  # what a value of unfinished latents says of a node, beside the leaves below it
-        self.trust = 0.0  # visits that an opinion counts as
+        self.trust, self.soft = 0.0, True  # visits that an opinion counts as, and whether it is averaged as values are
         self.leaves: list[int] = []  # in the order they were found
         self.strength, self.scale, self.settled = 0.0, 1.0, False
         self.queue: list[int] = []  # nodes that are owed one more child each
@@ -80,7 +80,7 @@ class Nodes:
         value, opinion, visits = self.value[node], self.opinion[node], self.visits[node]
         if not self.trust or math.isnan(opinion):
             return value
-        return soft_value([value, opinion], self.strength, (visits, self.trust))
+        return soft_value([value, opinion], self.strength if self.soft else 0.0, (visits, self.trust))
 
     def add(self, node: int, track: Sequence[Stop], x: Tensor, reward: float, start: int = 0) -> None:
         """Hang a walk below `node`: a stop at each level, then the finished x; back its reward up."""

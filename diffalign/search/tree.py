@@ -13,7 +13,8 @@ finished leaf repeats at once, so that a round ends with walks to make. `levels`
 (`noise`) and values of unfinished nodes (`value`) are ours. Such a value decides where to grow, as `value_weight`
 visits more of a node, so that it guides while the node is new and fades as leaves come in. It is never backed up, where
 a long walk's many opinions would drown its one reward, and nothing is drawn by it, because the leaves it hopes for may
-not be there. Exact values take away the low bias of growing by what was found.
+not be there. Sampling averages it as it averages leaves, and exact values take away the low bias of growing by what was
+found; a search takes the plain mean, in which a poor opinion counts too.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def grow(
     prices = _prices(chain, config, value)
     tree = _planted(chain, judge, tree, noise, prices[0])
     for nodes in tree.cases:
-        nodes.trust = config.value_weight
+        nodes.trust, nodes.soft = config.value_weight, config.mode == "sample"
         nodes.stall = nodes.stall if nodes.stall < config.patience else 0
         _weigh(nodes, config)
     like = chain.first(chain.seeds[:1], [0])

@@ -173,3 +173,11 @@ def test_weights_of_a_soft_mean_are_counts() -> None:
     assert soft_value([1.0, 3.0], 2.0, (3, 1)) == pytest.approx(soft_value([1.0, 1.0, 1.0, 3.0], 2.0))
     assert soft_value([math.nan, 3.0], 2.0, (3, 1)) == 3.0
     assert math.isnan(soft_value([1.0, 2.0], 1.0, (0, 0)))
+
+
+def test_a_search_takes_the_plain_mean_in_which_a_poor_opinion_counts() -> None:
+    chain = gaussian_chain(steps=5)
+    nodes = valued(chain, CleanPrediction, wide(scale="given", strength=50.0, value_weight=3.0), 30).cases[0]
+    node = nodes.children[0][0]
+    value, opinion, visits = nodes.value[node], nodes.opinion[node], nodes.visits[node]
+    assert nodes.esteem(node) == pytest.approx((visits * value + 3 * opinion) / (visits + 3))
