@@ -28,6 +28,7 @@ class Request:
     cases: list[Case]  # one per prompt
     per_call: int = 1  # images of a prompt that one stock call makes
     given_seeds: list[int] = field(default_factory=list)  # of the caller's generators as they were given
+    fresh: list[bool] = field(default_factory=list)  # whether those had drawn nothing before
 
     @classmethod
     def of(cls, pipe: Any, call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Request:
@@ -39,7 +40,14 @@ class Request:
             given |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
         if "generator" not in signature.parameters:
             raise ConfigError(f"{type(pipe).__name__} takes no generator, so its candidates could not be told apart.")
-        return cls(given, _cases(pipe, signature, given), given_seeds=_given_seeds(given.get("generator")))
+        generators = given.get("generator")
+        drawn = [_seed_of(each) for each in _listed(generators)]
+        return cls(
+            given,
+            _cases(pipe, signature, given),
+            given_seeds=drawn,
+            fresh=[seed == int(each.initial_seed()) for seed, each in zip(drawn, _listed(generators), strict=True)],
+        )
 
     @property
     def generator(self) -> Any:
@@ -61,15 +69,18 @@ class Request:
         if rows % len(self.cases):
             raise ConfigError(f"{len(self.cases)} prompts gave {rows} images, so they cannot be matched.")
         self.per_call = rows // len(self.cases)
+        if isinstance(self.generator, list) and len(self.generator) != rows:
+            raise ConfigError(
+                f"{len(self.generator)} generators are given for {rows} images of one call. Pass one for each, or "
+                "a single generator."
+            )
         seeds = self._seeds(len(self.cases))
         self.cases = [case.with_seed(seed) for case, seed in zip(self.cases, seeds, strict=True)]
 
     def advance(self) -> None:
         """Use the caller's generators, as a stock call would: the next call with them draws something else."""
-        generators = self.generator if isinstance(self.generator, list) else [self.generator]
-        for generator in generators:
-            if generator is not None:
-                torch.rand((), generator=generator, device=generator.device)
+        for generator in _listed(self.generator):
+            torch.rand((), generator=generator, device=generator.device)
 
     def _seeds(self, prompts: int) -> list[int]:
         if isinstance(self.generator, list):
@@ -84,6 +95,14 @@ class Request:
         if candidate < self.per_call and isinstance(self.generator, list):
             return self.given_seeds[row * self.per_call + candidate]
         return candidate_seed(self.cases[row].seed, candidate)
+
+    def told_seed(self, row: int, candidate: int) -> int:
+        """The seed that makes a candidate again; -1 for one of the first call that no seed alone does."""
+        if candidate >= self.per_call:
+            return self.seed(row, candidate)
+        at = row * self.per_call + candidate if isinstance(self.generator, list) else row + candidate
+        named = at < len(self.fresh) and self.fresh[at]  # of a shared generator only the first image
+        return self.seed(row, candidate) if named else -1
 
     def asked(self, number: int, **changes: Any) -> dict[str, Any]:
         """Arguments of stock call `number`: 0 is the caller's own, later ones draw fresh noise from their own seeds."""
@@ -133,9 +152,9 @@ def _rows_without_prompts(given: dict[str, Any]) -> int:
     return len(embedded[0]) if embedded else int(given.get("batch_size", 1))
 
 
-def _given_seeds(generator: Any) -> list[int]:
+def _listed(generator: Any) -> list[torch.Generator]:
     given = generator if isinstance(generator, list) else [generator]
-    return [_seed_of(each) for each in given if each is not None]
+    return [each for each in given if each is not None]
 
 
 def _seed_of(generator: torch.Generator) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffalign import media, scoring
 from diffalign.budget import Budget, Limits, limits_of
 from diffalign.cases import derived_seed
-from diffalign.errors import BudgetError, ConfigError
+from diffalign.errors import BudgetError, ConfigError, SeamError
 from diffalign.judging import ScoringJudge
 from diffalign.report import SearchReport
 from diffalign.request import Request
@@ -183,10 +183,11 @@ class Session:
             self.budget.limits = whole.part(share) if k + 1 < len(methods) else whole
             try:
                 found = method.run(self, noise)
-            except BudgetError as e:
+            except (BudgetError, SeamError) as e:
                 if not k or not all(self.judge.best):
                     raise
-                self.notes.append(f"method {k + 1} of {len(methods)} had too little left: {e}")
+                why = "had too little left" if isinstance(e, BudgetError) else "could not run"
+                self.notes.append(f"method {k + 1} of {len(methods)} {why}: {e}")
                 continue
             finally:
                 self.budget.limits = whole

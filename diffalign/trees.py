@@ -16,6 +16,7 @@ from diffalign.errors import ConfigError
 from diffalign.search.forest import Tree
 from diffalign.searching import Session
 
+OPEN = ("value",)  # what may change from call to call
 # What changes neither nodes nor rewards, or is in the seeds already.
 NOT_ASKED = ("generator", "latents", "output_type", "return_dict", "num_images_per_prompt", "num_videos_per_prompt")
 
@@ -61,7 +62,8 @@ def origin_of(session: Session) -> dict[str, str]:
 def require_same_origin(tree: Tree, asked: dict[str, str]) -> None:
     """Refuse to grow a tree on for something else than it was begun for."""
     before = tree.origin
-    changed = [name for name in sorted(before.keys() | asked.keys()) if before.get(name) != asked.get(name)]
+    held = sorted((before.keys() | asked.keys()) - set(OPEN))
+    changed = [name for name in held if before.get(name) != asked.get(name)]
     if before and changed:
         name = changed[0]
         raise ConfigError(

@@ -163,7 +163,7 @@ class Search:
             reward=self.reward.name,
             scores=found,
             best=self._best(),
-            seeds=[[self.request.seed(p, k) for k in range(n)] for p in range(self.prompts)],
+            seeds=[[self.request.told_seed(p, k) for k in range(n)] for p in range(self.prompts)],
             budget=self.budget.spent(),
             curve=self.curve,
             card=self.request.card(self.pipe) | {"reward_version": self.reward.version, "n": n},

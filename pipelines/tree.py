@@ -8,6 +8,7 @@ Where we differ: a pipeline whose own sampler draws no noise gets a stochastic s
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from diffalign.search.tree import Tree, TreeConfig
 from diffalign.search.values import value_of
 from diffalign.search_shell import SearchShell
 from diffalign.searching import Found, Improvement, Method, Session
-from diffalign.trees import origin_of, read_tree, require_same_origin
+from diffalign.trees import OPEN, origin_of, read_tree, require_same_origin
 
 
 @register_pipeline("tree")
@@ -76,16 +77,34 @@ class TreePipeline(SearchShell):
             asked = origin_of(session)
             core.require_fits(session.chain, before)
             require_same_origin(before, asked)
-            before.origin = asked
+            before.origin = asked | {name: before.origin[name] for name in OPEN if name in before.origin}
             session.tree = before
             _show_best(session, before)
-            chosen = None if value is None else value_of(value, session.judge, config.strength)
+            # A strength per deviation is no strength per unit of reward; rollouts then take the plain mean.
+            strength = config.strength if config.scale == "given" else 0.0
+            chosen = None if value is None else value_of(value, session.judge, strength)
+            _judge_anew(before, value)
             core.grow(session.chain, session.judge, config, before, noise=seeds, value=chosen)
             told = before.result()
             names = ("leaves", "nodes", "depth", "value", "descent")
             return Found(_noise_of_best(session, before), {"tree": {name: getattr(told, name) for name in names}})
 
         return Method(run)
+
+
+def _judge_anew(tree: Tree, value: Any) -> None:
+    """Forget what another value said of the nodes: opinions on two scales must not be compared."""
+    told = (
+        value
+        if isinstance(value, str)
+        else repr(value)
+        if isinstance(value, int | tuple | list)
+        else type(value).__name__
+    )
+    if value is not None and tree.origin.get("value") != told:
+        for nodes in tree.cases:
+            nodes.opinion = [math.nan] * len(nodes.opinion)
+        tree.origin["value"] = told
 
 
 def _show_best(session: Session, tree: Tree) -> None:

@@ -300,7 +300,7 @@ def test_a_generator_that_is_passed_again_gives_other_images(method: str):
         BestOfNPipeline.from_pipe(build("sd3"))(prompt="a cube", generator=g, reward=Brightness(), n=3, **asked())
         for g in (generator, generator)
     ]
-    assert not set(drop_in[0].report.seeds[0]) & set(drop_in[1].report.seeds[0])
+    assert set(drop_in[0].report.seeds[0]) & set(drop_in[1].report.seeds[0]) == {-1}
 
 
 def test_independent_draws_need_no_pure_noise_to_start_from():
@@ -313,3 +313,50 @@ def test_independent_draws_need_no_pure_noise_to_start_from():
     assert any(torch.allclose(row, stock[0], atol=1e-5) for row in out.images)
     both = align(pipe, method="random+tree", generator=seeded(), budget=2 * budget, **told).report
     assert any("draws its own starts" in note for note in both.notes)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_generators_that_do_not_match_the_images_are_refused(count: int):
+    generators = [seeded(k) for k in range(count)]
+    with pytest.raises(ConfigError, match=f"{count} generators are given for 2 images"):
+        run("tree", "sd3", batch=2, generator=generators)
+
+
+def test_a_later_method_that_cannot_run_leaves_the_first_ones_images():
+    pipe, edit = build("sd_img2img"), call("sd_img2img", 1)
+    told = {"reward": Brightness(), "generator": seeded(), "budget": 8 * plain_nfe(pipe, edit), **edit}
+    out = align(pipe, method="random+reno", **told)
+    assert len(out.images) == 1
+    assert any("could not run" in note and "starts from an image" in note for note in out.report.notes)
+
+
+def test_a_tree_forgets_the_opinions_of_another_value():
+    told = {"method": "tree", "reward": Brightness(), "budget": 200, **asked()}
+
+    def opinions(tree: Any) -> list[float]:
+        return [each for each in tree.cases[0].opinion if each == each]
+
+    first = align(build("sd3"), "a cube", generator=seeded(), value="clean", **told).report.tree
+    before = opinions(first)
+    told["budget"] = 60
+    same = align(build("sd3"), "a cube", generator=seeded(), value="clean", grown=first, **told).report.tree
+    assert opinions(same)[: len(before)] == before
+    silent = align(build("sd3"), "a cube", generator=seeded(), grown=same, **told).report.tree
+    assert opinions(silent)[: len(before)] == before
+    other = align(build("sd3"), "a cube", generator=seeded(), value=2, grown=silent, **told).report.tree
+    assert len(opinions(other)) < len(before)
+
+
+def test_a_report_names_no_seed_that_would_not_make_the_image_again():
+    def seeds(generator: Any, batch: int = 1) -> list[list[int]]:
+        best = BestOfNPipeline.from_pipe(build("sd3"))
+        found: list[list[int]] = best(**call("sd3", batch), generator=generator, reward=Brightness(), n=2).report.seeds
+        return found
+
+    used = seeded(5)
+    torch.rand(3, generator=used)
+    assert seeds(seeded(5))[0][0] == 5
+    assert seeds(used)[0][0] == -1
+    assert [row[0] for row in seeds(seeded(5), 2)] == [5, -1]
+    assert [row[0] for row in seeds([seeded(5), seeded(6)], 2)] == [5, 6]
+    assert all(seed >= 0 for row in seeds(used, 2) for seed in row[1:])

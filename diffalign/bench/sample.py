@@ -32,6 +32,14 @@ class Sampled:
     reports: list[Any] = field(default_factory=list)
     spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COSTS, 0.0))  # summed over prompts
 
+    def report_of(self, i: int) -> tuple[Any, int]:
+        """The report of the call that made case i, and the case's row in it."""
+        for report in self.reports:
+            if i < len(report.best):
+                return report, i
+            i -= len(report.best)
+        raise IndexError(i)
+
     def row(self, passed: Sequence[bool] | None = None) -> dict[str, Any]:
         """The row every comparison prints: cost per prompt, proxy and truth with intervals."""
         cost = {name: self.spent[name] / max(len(self.cases), 1) for name in COSTS}
@@ -107,6 +115,15 @@ def _searched(
         )
         done.scores.append(everything.select(best))
         done.seeds.append([report.seeds[i][k] for k in best.tolist()])
+
+
+def dense_steps(report: Any, row: int) -> dict[str, list[Any]] | None:
+    """Levels and dense step rewards of a report's prompt, None where invalid; None for other methods."""
+    steps = getattr(report, "extras", {}).get("dense")
+    if steps is None:
+        return None
+    rewards = [value if value == value else None for value in steps["rewards"][row].tolist()]
+    return {"levels": list(steps["levels"]), "rewards": rewards}
 
 
 def _add(done: Sampled, spent: Mapping[str, float], cases: list[Case], pixels: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from diffalign.cli import bench, check, demo, generate, ls, score, zoo
+from diffalign.cli import bench, check, demo, gallery, generate, ls, score, zoo
 from diffalign.cli.verb import Verb, add
 from diffalign.errors import DiffalignError
 
@@ -20,7 +20,14 @@ _PLAIN: dict[str, Any] = {
     "no_args_is_help": True,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-_TOP: tuple[type[Verb], ...] = (demo.Demo, generate.Generate, score.ScoreImages, ls.List, check.Check)
+_TOP: tuple[type[Verb], ...] = (
+    demo.Demo,
+    generate.Generate,
+    score.ScoreImages,
+    gallery.Gallery,
+    ls.List,
+    check.Check,
+)
 
 INTERRUPTED = 130
 ABOUT = """Make the diffusion model you already use follow your intent better, measured.

@@ -29,7 +29,7 @@ class Demo(ModelVerb):
     images. ReNO climbs the start noise of the one-step student, whose plain image stands beside it; with another
     --model it climbs through few steps and then draws once with all of them. No network is needed.
 
-    Writes OUT/sheet.png (side by side) and OUT/card.json.
+    Writes OUT/index.html (a page to compare them on, which opens from disk), OUT/sheet.png and OUT/card.json.
 
     \b
     diffalign demo
@@ -38,7 +38,7 @@ class Demo(ModelVerb):
     """
 
     NAME: ClassVar[str] = "demo"
-    out: Annotated[str | None, Opt("Folder for sheet.png and card.json.")] = "out/demo"
+    out: Annotated[str | None, Opt("Folder for the page, sheet.png and card.json.")] = "out/demo"
     n: Annotated[int, Opt("Candidates per prompt, which is every method's budget.")] = 16
     prompts: Annotated[int, Opt("Prompts, every kind of task in turn.")] = 8
     split: Annotated[Split, Opt("Prompt set of the shapes world.")] = "heldout"
@@ -84,9 +84,44 @@ class Demo(ModelVerb):
         rows = [side.row(truth) | {"method": name} for (name, side), truth in zip(sides.items(), truths, strict=True)]
         atomic.write_image(out / "sheet.png", _sheet(sides, truths))
         told = {"name": "demo", "n": self.n, "student": self.student}
-        atomic.write_json(out / "card.json", card_of(pipe, self.model, cases, call, reward=reward, method=told).json())
+        card = card_of(pipe, self.model, cases, call, reward=reward, method=told).json()
+        atomic.write_json(out / "card.json", card)
+        self.write_page(sides, truths, card, out)
         _print(rows, sides, truths, out)
-        return {"rows": rows}
+        return {"rows": rows, "page": str(out / "index.html")}
+
+    def write_page(self, sides: dict[str, Sampled], truths: list[list[bool]], card: dict[str, Any], out: Path) -> None:
+        """The gallery of all methods, the plain draw as its baseline."""
+        from diffalign.gallery import page
+        from diffalign.gallery.manifest import Heading
+        from diffalign.gallery.sampled import side_of
+
+        budget = int(sides[f"best of {self.n}"].spent["nfe"] / len(truths[0]))
+        made = [
+            side_of(name, done, truth=truth, card=card, commands=self.commands(name, done, budget))
+            for (name, done), truth in zip(sides.items(), truths, strict=True)
+        ]
+        subtitle = "Steered by the reward alone. Truth is the exact verifier's word, which took no part in the choice."
+        command = f"diffalign demo --n {self.n} --prompts {self.prompts} --split {self.split} --seed {self.seed}"
+        heading = Heading(title="One draw, and what search makes of it", subtitle=subtitle, command=command)
+        page.write(made, out, heading, seed=self.seed)
+
+    def commands(self, name: str, done: Sampled, budget: int) -> list[str]:
+        """The command that makes each image of a method again; none where a method was told more than a command can."""
+        from diffalign import config
+        from diffalign.cli.generate import Generate
+
+        own: dict[str, dict[str, Any]] = {
+            f"best of {self.n}": {"method": "best_of_n", "n": self.n},
+            "tree": {"method": "tree", "budget": budget},
+            "ReNO": {"method": "reno", "budget": budget, "tune": TUNED},
+        }
+        student = name in ("one step", "ReNO")
+        if student and self.model != TEACHER:
+            return []
+        told = {"model": self.student if student else self.model, "prompt": ("",), **own.get(name, {})}
+        verb = config.build(Generate, told | ({"reward": self.reward} if name in own else {}))
+        return [verb.again(case) for case in done.cases]
 
     def sides(self, pipe: Any, cases: list[Case], reward: Any, call: dict[str, Any]) -> dict[str, Sampled]:
         """What each method makes of the cases, the plain draw first."""
@@ -184,3 +219,4 @@ def _print(rows: list[dict[str, Any]], sides: dict[str, Sampled], truths: list[l
         broken = sum(before and not after for before, after in zip(truths[0], found, strict=True))
         print(f"{name}: {fixed} prompts turned right, {broken} turned wrong")
     print(f"Intervals are 95 %, over {len(truths[0])} prompts only. Look at {out / 'sheet.png'}")
+    print(f"Compare them yourself: open {out / 'index.html'}")

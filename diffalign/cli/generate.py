@@ -12,13 +12,19 @@ from diffalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from diffalign.bench.sample import Sampled
+    from diffalign.cases import Case
+
+# What decides an image beside its prompt and seed; reward only where it steers.
+SETTLED = ("model", "lora", "device", "dtype", "attention", "call")
+STEERS = ("method", "reward", "n", "budget", "seconds", "tune")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(PromptVerb):
     """Make images, with or without a reward.
 
-    Writes OUT/images/*.png, OUT/results.jsonl (one line per image) and OUT/card.json.
+    Writes OUT/images/*.png, OUT/results.jsonl (one line per image), OUT/summary.json and OUT/card.json: a run folder,
+    which `diffalign gallery` shows beside others.
 
     \b
     diffalign generate -p "two red circles"
@@ -77,8 +83,16 @@ class Generate(PromptVerb):
     def told(self) -> dict[str, Any]:
         """The method and its settings, in plain values."""
         own = {"n": self.n, "budget": self.budget, "seconds": self.seconds, "top_k": self.top_k, "tune": self.tune}
-        searching = own if self.method != "stock" else {}
-        return {"name": self.method, **{name: value for name, value in searching.items() if value}}
+        told: dict[str, Any] = (own if self.method != "stock" else {}) | {"lora": self.lora}
+        return {"name": self.method, **{name: value for name, value in told.items() if value}}
+
+    def again(self, case: Case) -> str:
+        """The command that makes this one image again."""
+        from diffalign.cli.verb import words
+
+        names = SETTLED if self.method == "stock" else SETTLED + STEERS
+        settled = {name: getattr(self, name) for name in names}
+        return words("generate", {"prompt": (case.prompt,), "image_seed": case.seed, **settled}, Generate)
 
     def cost(self) -> dict[str, Any]:
         prompts, each = len(self.cases()), self.rows_per_image(self.pipeline_call())
@@ -115,7 +129,9 @@ class Generate(PromptVerb):
         with progress(len(cases), "prompts") as advance:
 
             def write(done: Sampled, new: list[int]) -> None:
-                rows.extend(row for i in new for row in _write(done, i, out))
+                for i in new:
+                    told = {"command": self.again(cases[i])}
+                    rows.extend(row | told for row in _write(done, i, out))
                 advance(len(new))
 
             done = sample(
@@ -126,6 +142,7 @@ class Generate(PromptVerb):
         row = done.row(passed)
         card = card_of(pipe, self.model, cases, call, reward=reward, method=self.told())
         atomic.write_jsonl(out / "results.jsonl", rows)
+        atomic.write_json(out / "summary.json", row)
         atomic.write_json(out / "card.json", card.json())
         print(f"{len(rows)} images in {out}  " + describe(row))
         return {"rows": [row]}
@@ -150,9 +167,25 @@ def _write(done: Sampled, i: int, out: Path) -> list[dict[str, Any]]:
         if pixels.ndim == 4:  # a video: its frames side by side
             pixels = pixels.permute(1, 2, 0, 3).flatten(2)
         atomic.write_image(out / name, media.to_pil(pixels))
-        row = {"index": i, "rank": rank, "prompt": done.cases[i].prompt, "seed": done.seeds[i][rank], "file": name}
-        rows.append(row | _scores(done, i, rank))
+        case = done.cases[i]
+        row = {"index": i, "rank": rank, "prompt": case.prompt, "seed": done.seeds[i][rank], "file": name}
+        rows.append(row | _about(done, i, rank) | _scores(done, i, rank))
     return rows
+
+
+def _about(done: Sampled, i: int, rank: int) -> dict[str, Any]:
+    """What a page can say of an image beside its scores."""
+    from diffalign.bench.sample import dense_steps
+
+    told: dict[str, Any] = {}
+    if tag := done.cases[i].metadata.get("tag"):
+        told["tags"] = [str(tag)]
+    if done.reports:
+        report, row = done.report_of(i)
+        told["candidates"] = int(report.scores.total[row].isfinite().sum())
+        if rank == 0 and (steps := dense_steps(report, row)):
+            told["steps"] = steps
+    return told
 
 
 def _scores(done: Sampled, i: int, rank: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class ModelVerb(Verb):
     attention: Annotated[
         str | None, Opt("Attention backend: native, xformers, flash, sage ...; checked to take effect.")
     ] = None
+    lora: Annotated[str | None, Opt("LoRA over the model: a folder, a .safetensors file, or a hub id.")] = None
     call: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's call, over the model's card
 
     @property
@@ -62,6 +63,8 @@ class ModelVerb(Verb):
 
         device, dtype = self.place()
         pipe = load_pipeline(self.model, torch_dtype=getattr(torch, dtype))
+        if self.lora:
+            _load_lora(pipe, self.lora)
         try:
             pipe.to(device)
         except (RuntimeError, AssertionError) as e:
@@ -88,6 +91,7 @@ class PromptVerb(ModelVerb):
     prompts: Annotated[str | None, Opt("File of prompts: .txt with one a line, or .jsonl with a 'prompt'.")] = None
     split: Annotated[Split | None, Opt("Prompt set of the shapes world.")] = None
     limit: Annotated[int | None, Opt("Use only the first so many prompts.")] = None
+    image_seed: Annotated[int | None, Opt("The image's own seed, as a gallery names it; with one --prompt.")] = None
 
     def cases(self) -> list[Case]:
         """What is asked, each case with its seed."""
@@ -104,6 +108,10 @@ class PromptVerb(ModelVerb):
             cases = self.spaced(world.prompts(self.split))
         else:
             cases = self.spaced([Case(prompt=prompt) for prompt in self.prompt])
+        if self.image_seed is not None:
+            if len(self.prompt) != 1:
+                raise ConfigError("image_seed is one image's own seed. Give exactly one --prompt with it.")
+            cases = [cases[0].with_seed(self.image_seed)]
         cases = cases[: self.limit]
         require_prompts(cases)
         return cases
@@ -112,6 +120,19 @@ class PromptVerb(ModelVerb):
         from diffalign.cases import derived_seed
 
         return [case.with_seed(derived_seed(self.seed, "prompt", i)) for i, case in enumerate(cases)]
+
+
+def _load_lora(pipe: Any, place: str) -> None:
+    from pathlib import Path
+
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ConfigError(f"{type(pipe).__name__} takes no LoRA. Leave --lora out, or fine-tune another model.")
+    file = Path(place)
+    where: dict[str, Any] = {"weight_name": file.name} if file.is_file() else {}
+    try:
+        pipe.load_lora_weights(str(file.parent) if file.is_file() else place, use_safetensors=True, **where)
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        raise ConfigError(f"cannot load the LoRA '{place}': {' '.join(str(e).split())[:300]}") from e
 
 
 def require_prompts(cases: list[Case]) -> None:

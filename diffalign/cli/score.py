@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from diffalign.cli.verb import Opt, Verb
 from diffalign.errors import ConfigError, MediaError
+from diffalign.gallery.pictures import IMAGES
 
 if TYPE_CHECKING:
     from diffalign.cases import Case
-
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,24 @@ class Verb:
         return 0
 
 
+def words(name: str, settings: Mapping[str, Any], verb: type[Verb]) -> str:
+    """The command line of a verb with these settings; what is at its default is left out."""
+    import shlex
+
+    defaults = {f.name: f.default for f in dataclasses.fields(verb)}
+    told = ["diffalign", *name.split()]
+    placed = []
+    for key, value in settings.items():
+        if value in (None, (), {}) or value == defaults.get(key):
+            continue
+        if isinstance(value, Mapping):
+            placed += [f"{key}.{part}={json.dumps(each)}" for part, each in value.items()]
+            continue
+        for each in value if isinstance(value, list | tuple) else [value]:
+            told += [f"--{key.replace('_', '-')}", str(each)]
+    return shlex.join(told + placed)
+
+
 def add(app: typer.Typer, verb: type[Verb]) -> None:
     """Make `verb` a command of `app`."""
     app.command(verb.NAME, help=inspect.getdoc(verb))(_command(verb))
@@ -67,7 +85,9 @@ def _command(verb: type[Verb]) -> Any:
 
     about = " ".join(f"{f.name.upper()}: {opt.help}" for f, opt in placed)
     about = f"{about} Then settings by name, such as seed=1.".strip()
-    metavar = " ".join([*(f"[{f.name.upper()}]" for f, _ in placed), "[KEY=VALUE]..."])
+    metavar = " ".join(
+        [*(f"[{f.name.upper()}]{'...' if f.default == () else ''}" for f, _ in placed), "[KEY=VALUE]..."]
+    )
     words = Annotated[list[str] | None, typer.Argument(metavar=metavar, help=about)]
     parameters = [*named, *(_shared(*row) for row in _SHARED)]
     parameters.append(inspect.Parameter("words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=words))
@@ -155,7 +175,10 @@ def _settings(verb: type[Verb], asked: dict[str, Any], words: list[str], file: s
 
     positional = {f.name: opt.help for f, _, opt in _options(verb) if opt.positional}
     overrides = [word for word in words if _OVERRIDE.match(word)]
-    plain = [word for word in words if not _OVERRIDE.match(word)]
+    plain: list[Any] = [word for word in words if not _OVERRIDE.match(word)]
+    if many := [f.name for f, hint, opt in _options(verb) if opt.positional and get_origin(hint) is tuple]:
+        first = list(positional).index(many[-1])
+        plain[first:] = [tuple(plain[first:])] if plain[first:] else []
     if len(plain) > len(positional):
         raise ConfigError(
             f"'{plain[len(positional)]}' is not understood. Settings are --options or key=value; see --help."

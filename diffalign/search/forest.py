@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffalign.errors import ConfigError
 from diffalign.noise import case_generator
+from diffalign.search.chain import Chain
 from diffalign.search.nodes import Nodes, Stop
+from diffalign.search.tree_config import TreeConfig
 
 HALF = 1 << 62  # a seed is any whole number; two int64 of a state hold it
 
@@ -150,6 +153,29 @@ class Tree:
         x = self.cases[b].x[node]
         assert x is not None
         return Found(node, x, self.cases[b].value[node])
+
+
+def require_fits(chain: Chain, tree: Tree) -> None:
+    """Refuse to grow a tree on whose cases or steps are not the chain's."""
+    seeds = [nodes.seed for nodes in tree.cases]
+    if seeds != list(chain.seeds) or tree.length != chain.length:
+        raise ConfigError(
+            f"the tree was grown for seeds {seeds} in {tree.length} steps, but this call has seeds "
+            f"{list(chain.seeds)} in {chain.length}. Repeat the call that began it, with a generator set "
+            "to its seed anew."
+        )
+
+
+def require_latents(tree: Tree, config: TreeConfig) -> None:
+    """Refuse to branch where nodes kept nothing to branch from."""
+    for nodes in tree.cases:
+        for node in range(1, len(nodes.parent)):
+            level = nodes.level[node] + 1
+            if level <= nodes.length and tree.free[level] and config.branches(level) and nodes.prediction[node] is None:
+                raise ConfigError(
+                    f"the tree was grown without siblings at level {level}, where this call wants some, and keeps no "
+                    "latents there. Repeat its levels= or fixed=, or begin a new tree."
+                )
 
 
 def _joined(lists: list[list[int]]) -> Tensor:

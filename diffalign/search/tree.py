@@ -32,6 +32,8 @@ from diffalign.noise import case_generator, case_noise
 from diffalign.search.chain import Chain
 from diffalign.search.forest import Tree as Tree
 from diffalign.search.forest import TreeResult as TreeResult
+from diffalign.search.forest import require_fits as require_fits
+from diffalign.search.forest import require_latents
 from diffalign.search.judge import Judge
 from diffalign.search.nodes import Nodes, Stop
 from diffalign.search.tree_config import TreeConfig as TreeConfig
@@ -76,9 +78,9 @@ def grow(
     nodes of each new walk, at its own cost.
     """
     prices = _prices(chain, config, value)
-    tree = _planted(chain, judge, tree, noise, prices[0])
+    tree = _planted(chain, judge, config, tree, noise, prices[0])
     for nodes in tree.cases:
-        nodes.trust, nodes.soft = config.value_weight, config.mode == "sample"
+        nodes.trust, nodes.soft = config.value_weight if value else 0.0, config.mode == "sample"
         nodes.stall = nodes.stall if nodes.stall < config.patience else 0
         _weigh(nodes, config)
     like = chain.first(chain.seeds[:1], [0])
@@ -105,34 +107,31 @@ def _prices(chain: Chain, config: TreeConfig, value: Value | None) -> Prices:
 
 
 def _asks(config: TreeConfig, value: Value | None, i: int) -> bool:
-    return value is not None and config.value_weight > 0 and (not config.value_levels or i in config.value_levels)
+    """Whether nodes of level i are judged: only where that decides between siblings."""
+    chosen = not config.fixed and config.branches(i) and (not config.value_levels or i in config.value_levels)
+    return value is not None and config.value_weight > 0 and chosen
 
 
 def _planted(
-    chain: Chain, judge: Judge, tree: Tree | None, noise: Tensor | Sequence[Tensor] | None, price: tuple[int, int]
+    chain: Chain,
+    judge: Judge,
+    config: TreeConfig,
+    tree: Tree | None,
+    noise: Tensor | Sequence[Tensor] | None,
+    price: tuple[int, int],
 ) -> Tree:
     cases = len(chain.seeds)
     if tree is not None:
         if noise is not None:
             raise ConfigError("noise starts a new tree, but this one has grown already. Pass either tree or noise.")
         require_fits(chain, tree)
+        require_latents(tree, config)
         if any(nodes.leaves for nodes in tree.cases):
             return tree
     elif noise is not None and len(noise) != cases:
         raise ConfigError(f"noise is given for {len(noise)} cases, but there are {cases}.")
     judge.require(nfe=cases * price[0], scored=cases * price[1], what="a first walk")
     return tree or Tree(chain.seeds, chain.length, noise)
-
-
-def require_fits(chain: Chain, tree: Tree) -> None:
-    """Refuse to grow a tree on whose cases or steps are not the chain's."""
-    seeds = [nodes.seed for nodes in tree.cases]
-    if seeds != list(chain.seeds) or tree.length != chain.length:
-        raise ConfigError(
-            f"the tree was grown for seeds {seeds} in {tree.length} steps, but this call has seeds "
-            f"{list(chain.seeds)} in {chain.length}. Repeat the call that began it, with a generator set "
-            "to its seed anew."
-        )
 
 
 def _purses(tree: Tree, judge: Judge, config: TreeConfig, iterations: int | None) -> list[_Purse]:
@@ -192,7 +191,7 @@ def _descend(nodes: Nodes, free: list[bool], config: TreeConfig) -> list[int]:
 def _allowance(nodes: Nodes, node: int, free: list[bool], config: TreeConfig) -> int:
     """How many children a node may have."""
     level = nodes.level[node] + 1
-    if not free[level] or (level and nodes.prediction[node] is None):
+    if not free[level]:
         return 1
     if config.fixed:
         most = config.fixed[level] if level < len(config.fixed) else 1

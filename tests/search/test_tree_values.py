@@ -60,6 +60,8 @@ def test_an_opinion_counts_as_its_weight_in_visits_and_is_never_backed_up() -> N
     assert nodes.esteem(node) == pytest.approx(mixed)
     leaf = nodes.leaves[0]
     assert nodes.esteem(leaf) == nodes.value[leaf]
+    grow(chain, judge_of(chain, linear(1.0)), DTS, tree, 1)  # without a value its old opinions rest
+    assert nodes.esteem(node) == nodes.value[node]
 
 
 @pytest.mark.parametrize("mode", ["search", "sample"])
@@ -122,9 +124,14 @@ def test_a_budget_below_one_judged_walk_is_refused_before_anything_is_spent() ->
 
 
 def test_values_are_asked_at_the_named_levels_only() -> None:
-    nodes = valued(gaussian_chain(steps=6), CleanPrediction, wide(value_levels=(1, 4))).cases[0]
-    asked = {level for level, opinion in zip(nodes.level, nodes.opinion, strict=True) if not math.isnan(opinion)}
-    assert asked == {1, 4}
+    def asked(**shape: Any) -> set[int]:
+        nodes = valued(gaussian_chain(steps=6), CleanPrediction, wide(**shape)).cases[0]
+        return {level for level, opinion in zip(nodes.level, nodes.opinion, strict=True) if not math.isnan(opinion)}
+
+    assert asked(value_levels=(1, 4)) == {1, 4}
+    assert asked(levels=(0, 3)) == {0, 3}  # no choice is made at the others
+    assert asked(levels=(0, 3), value_levels=(3, 5)) == {3}
+    assert asked(fixed=(2, 2)) == set()
     with pytest.raises(ConfigError, match="value_levels"):
         TreeConfig(value_levels=(-1,))
 
@@ -164,8 +171,11 @@ def test_nodes_that_cannot_branch_keep_no_latents() -> None:
     assert held(wide(fixed=(2, 1, 2))) == [1]
     narrow = valued(gaussian_chain(steps=6, cases=1), lambda judge: None, wide(levels=(0, 3)))
     chain = gaussian_chain(steps=6, cases=1)
-    nodes = grow(chain, judge_of(chain, linear(1.0)), wide(), narrow, 40).cases[0]  # old nodes stay as they are
-    assert any(len(children) > 1 and nodes.level[k] not in (-1, 2) for k, children in enumerate(nodes.children))
+    with pytest.raises(ConfigError, match="without siblings at level"):
+        grow(chain, judge_of(chain, linear(1.0)), wide(), narrow, 40)
+    again = grow(chain, judge_of(chain, linear(1.0)), wide(levels=(0,)), narrow, 10)
+    assert again is narrow
+    assert held(wide(width=1.0, growth=0.0)) == [0, 1, 2, 3, 4]
 
 
 def test_weights_of_a_soft_mean_are_counts() -> None:

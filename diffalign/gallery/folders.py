@@ -1,0 +1,169 @@
+"""Sources on disk: run folders that `diffalign generate` wrote, and plain folders of pictures with matching names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffalign.errors import ConfigError
+from diffalign.gallery import training
+from diffalign.gallery.pictures import IMAGES, VIDEOS
+from diffalign.gallery.sides import Item, Picture, Role, Side, numbered
+
+NAMES = ("prompts.jsonl", "prompts.txt")  # beside plain pictures: their prompts, in the order of the names
+
+
+def read_side(path: Path) -> Side:
+    """The system a folder shows."""
+    if not path.is_dir():
+        raise ConfigError(
+            f"'{path}' is not a folder. Give run folders of `diffalign generate`, or folders of pictures."
+        )
+    if (path / "results.jsonl").exists():
+        return _run(path)
+    if training.is_training(path):
+        metrics = path / "metrics.jsonl"
+        return training.read_training(path, _run, _lines(metrics) if metrics.exists() else [])
+    return _pictures(path)
+
+
+def _run(path: Path) -> Side:
+    """A run folder: the best image of each prompt."""
+    rows = [row for row in _lines(path / "results.jsonl") if row.get("rank", 0) == 0]
+    card, summary = read_json(path / "card.json"), read_json(path / "summary.json")
+    method = dict((card or {}).get("method") or {})
+    steered = method.get("name", "stock") != "stock"
+    keys = numbered([str(row.get("prompt", "")) for row in rows])
+    items = [_row_item(path, key, row, _total_name(card)) for key, row in zip(keys, rows, strict=True)]
+    cost = {
+        name: value
+        for name in ("nfe", "seconds", "decodes", "reward_calls")
+        if isinstance(value := (summary or {}).get(name), int | float)
+    }
+    return Side(
+        name=str(method.get("name") or path.resolve().name),
+        items=items,
+        card=card,
+        cost=cost,
+        roles=_roles(items, _total_name(card), steered),
+    )
+
+
+def _total_name(card: Mapping[str, Any] | None) -> str:
+    """What the reward that was asked for is called."""
+    return " + ".join((card or {}).get("rewards") or {}) or "reward"
+
+
+def _row_item(path: Path, key: str, row: Mapping[str, Any], total: str) -> Item:
+    scores = {str(name): _number(value) for name, value in (row.get("parts") or {}).items()}
+    if "reward" in row:
+        scores = {total: _number(row["reward"]), **scores}
+    if "truth" in row:
+        scores["truth"] = _number(row["truth"])
+    return Item(
+        key=key,
+        prompt=str(row.get("prompt", "")),
+        picture=_inside(path, row.get("file")),
+        missing="the run names no file",
+        seed=row.get("seed"),
+        scores=scores,
+        tags=tuple(map(str, row.get("tags") or ())),
+        command=row.get("command"),
+        inputs=_inputs(path, row.get("inputs")),
+        instruction=row.get("instruction"),
+        steps=row.get("steps"),
+        checks=row.get("checks") or (),
+        candidates=row.get("candidates"),
+    )
+
+
+def _inputs(path: Path, named: Any) -> dict[str, Picture]:
+    """The pictures a prompt came with: source, control, reference."""
+    found = {str(name): _inside(path, file) for name, file in (named or {}).items()}
+    return {name: file for name, file in found.items() if file is not None}
+
+
+def _roles(items: Sequence[Item], total: str, steered: bool) -> dict[str, Role]:
+    """The total steers a search and only measures a plain draw; its parts belong to it."""
+    names = dict.fromkeys(name for item in items for name in item.scores)
+    own: dict[str, Role] = {"truth": "truth", total: "proxy" if steered else "heldout"}
+    return {name: own.get(name, "part") for name in names}
+
+
+def _pictures(path: Path) -> Side:
+    """Pictures whose names tell which belong together; `name.txt` beside one is its prompt."""
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (*IMAGES, *VIDEOS))
+    if not files:
+        raise ConfigError(f"'{path}' holds neither results.jsonl nor pictures ({', '.join(IMAGES + VIDEOS)}).")
+    twins = {file.stem for k, file in enumerate(files) if k and file.stem == files[k - 1].stem}
+    if twins:
+        raise ConfigError(f"'{path}' has several pictures called '{min(twins)}'. Keep one of each name.")
+    asked = _prompts(path, len(files))
+    items = []
+    for k, file in enumerate(files):
+        prompt = asked[k] if asked else _beside(file)
+        items.append(Item(key=file.stem, prompt=prompt, picture=file))
+    return Side(name=path.resolve().name, items=items, card=read_json(path / "card.json"))
+
+
+def _prompts(path: Path, count: int) -> list[str] | None:
+    from diffalign.cases import read_cases
+
+    for name in NAMES:
+        if (path / name).exists():
+            prompts = [case.prompt for case in read_cases(path / name)]
+            if len(prompts) != count:
+                raise ConfigError(
+                    f"'{path / name}' has {len(prompts)} prompts for {count} pictures. One each, in their order."
+                )
+            return prompts
+    return None
+
+
+def _beside(file: Path) -> str:
+    """The caption beside a picture, else its name in words."""
+    caption = file.with_suffix(".txt")
+    if caption.exists():
+        return caption.read_text(encoding="utf-8", errors="replace").strip()
+    return file.stem.replace("_", " ")
+
+
+def _inside(folder: Path, name: Any) -> Path | None:
+    """A file a run names, which has to be its own."""
+    if not isinstance(name, str):
+        return None
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"'{folder}' names the file {name!r}, which is not inside it. Do not trust this run.")
+    return file
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise ConfigError(f"{file}:{number} is not JSON ({e}). Make the run again.") from e
+        if not isinstance(row, dict):
+            raise ConfigError(f"{file}:{number} is not an object. Make the run again.")
+        rows.append(row)
+    return rows
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none."""
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"'{file}' cannot be read ({e}). Make the run again.") from e
+    return found if isinstance(found, dict) else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,0 +1,57 @@
+"""What a method made in this process, as a side of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from diffalign.gallery.sides import Item, Role, Side, numbered
+
+if TYPE_CHECKING:
+    from diffalign.bench.sample import Sampled
+
+
+def side_of(
+    name: str,
+    done: Sampled,
+    *,
+    truth: Sequence[bool] | None = None,
+    card: Mapping[str, Any] | None = None,
+    commands: Sequence[str] = (),
+    steered: bool = True,
+) -> Side:
+    """The best image of every case, with its scores, cost and seed."""
+    keys = numbered([case.prompt for case in done.cases])
+    items = [
+        Item(
+            key=key,
+            prompt=case.prompt,
+            picture=done.pixels[i][0],
+            seed=done.seeds[i][0],
+            scores=_scores(done, i) | ({} if truth is None else {"truth": float(truth[i])}),
+            tags=(str(case.metadata["tag"]),) if case.metadata.get("tag") else (),
+            command=commands[i] if commands else None,
+        )
+        for i, (key, case) in enumerate(zip(keys, done.cases, strict=True))
+    ]
+    names = dict.fromkeys(name for item in items for name in item.scores)
+    role: Role = "proxy" if steered else "heldout"
+    roles: dict[str, Role] = {each: "truth" if each == "truth" else role for each in names}
+    cost = {each: value / max(len(done.cases), 1) for each, value in done.spent.items()}
+    return Side(name=name, items=items, card=card, cost=cost, diversity=_diversity(done), roles=roles)
+
+
+def _scores(done: Sampled, i: int) -> dict[str, float | None]:
+    found = done.scores[i]
+    if found is None:
+        return {}
+    valid = bool(found.valid[0])
+    return {name: float(part[0]) if valid else None for name, part in found.parts.items()}
+
+
+def _diversity(done: Sampled) -> float | None:
+    """Mean distance between the images of a prompt, where there are several."""
+    from diffalign.bench.search import spread
+
+    spreads = [found for pixels in done.pixels if pixels.ndim == 4 and (found := spread(pixels)) is not None]
+    return sum(spreads) / len(spreads) if spreads else None

@@ -1,0 +1,58 @@
+"""Training runs: samples of the same prompts over steps, and how the reward that trains and the others went.
+
+A training run keeps `metrics.jsonl`, a line per step with `step` and any of the curves below, and `samples/step-N`,
+each a run folder of the same prompts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffalign.errors import ConfigError
+from diffalign.gallery.sides import Item, Picture, Side
+
+CURVES = ("proxy", "truth", "heldout", "diversity")
+
+
+def is_training(path: Path) -> bool:
+    return (path / "samples").is_dir() or (path / "metrics.jsonl").exists()
+
+
+def read_training(path: Path, read_run: Callable[[Path], Side], lines: Sequence[Mapping[str, Any]]) -> Side:
+    """The side a training run shows: its last samples, with the earlier ones to scrub through."""
+    steps = sorted((int(found[1]), folder) for folder in (path / "samples").glob("step-*") if (found := _step(folder)))
+    if not steps:
+        raise ConfigError(f"'{path}' is a training run without samples. Train on until it keeps its first ones.")
+    runs = [(step, read_run(folder)) for step, folder in steps]
+    last = runs[-1][1]
+    over: dict[str, list[tuple[int, Picture]]] = {}
+    for step, run in runs:
+        for item in run.items:
+            if item.picture is not None:
+                over.setdefault(item.key, []).append((step, item.picture))
+    items: list[Item] = [replace(item, samples=over.get(item.key, [])) for item in last.items]
+    name = path.resolve().name
+    return replace(last, name=name, items=items, curves=[curve for curve in [_curve(name, lines)] if curve])
+
+
+def _step(folder: Path) -> re.Match[str] | None:
+    return re.fullmatch(r"step-(\d+)", folder.name)
+
+
+def _curve(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What the metrics say of the reward that trains and of those that watch, over steps."""
+    series = []
+    for what in CURVES:
+        points = [(row["step"], row[what]) for row in lines if _number(row.get("step")) and _number(row.get(what))]
+        if points:
+            series.append({"name": what, "x": [x for x, _ in points], "y": [y for _, y in points]})
+    return {"name": name, "x": "step", "y": "reward", "series": series} if series else None
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
