@@ -17,6 +17,7 @@ from diffalign.metering import metered
 from diffalign.scoring import Score
 
 STOCK = "stock"
+ALIKE = 4  # images per prompt whose distance is the diversity
 COSTS = ("nfe", "decodes", "reward_calls", "seconds")
 
 
@@ -45,6 +46,21 @@ class Sampled:
         cost = {name: self.spent[name] / max(len(self.cases), 1) for name in COSTS}
         truth = wilson(sum(passed), len(passed)).json() if passed else None
         return {"method": self.method, **cost, "proxy": self.proxy.json() if self.proxy else None, "truth": truth}
+
+    @property
+    def diversity(self) -> float | None:
+        """Mean distance between the best few images of a prompt, where a method leaves several."""
+        spreads = [spread(self._several(i)) for i in range(len(self.pixels))]
+        found = [each for each in spreads if each is not None]
+        return sum(found) / len(found) if found else None
+
+    def _several(self, i: int) -> Tensor:
+        kept = self.report_of(i)[0].kept[self.report_of(i)[1]] if self.reports and self._keeps else []
+        return torch.stack([leaf.media for leaf in kept]) if kept else self.pixels[i][:ALIKE]
+
+    @property
+    def _keeps(self) -> bool:
+        return bool(getattr(self.reports[0], "kept", None))
 
     @property
     def proxy(self) -> Interval | None:
@@ -115,6 +131,13 @@ def _searched(
         )
         done.scores.append(everything.select(best))
         done.seeds.append([report.seeds[i][k] for k in best.tolist()])
+
+
+def spread(images: Tensor) -> float | None:
+    """Mean distance over pairs of images (N, 3, H, W): root mean square of the pixel differences; None for one."""
+    if len(images) < 2:
+        return None
+    return float(torch.pdist(images.flatten(1).float()).mean() / images[0].numel() ** 0.5)
 
 
 def dense_steps(report: Any, row: int) -> dict[str, list[Any]] | None:

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffalign import atomic, scoring
 from diffalign.bench.card import EvaluationCard, card_of, require_alike
-from diffalign.bench.sample import STOCK, sample
+from diffalign.bench.sample import ALIKE, STOCK, sample, spread
 from diffalign.cases import Case, batched
 from diffalign.errors import ConfigError
 from diffalign.intervals import bootstrap
 
 BASELINE = "best_of_n"
-ALIKE = 4  # images per prompt whose distance is the diversity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +161,6 @@ def _measure(
             }
         )
     return rows
-
-
-def spread(images: Tensor) -> float | None:
-    """Mean distance over pairs of images (N, 3, H, W): root mean square of the pixel differences; None for one."""
-    if len(images) < 2:
-        return None
-    return float(torch.pdist(images.flatten(1).float()).mean() / images[0].numel() ** 0.5)
 
 
 def summary(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[dict[str, Any]]:

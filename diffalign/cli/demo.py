@@ -98,13 +98,24 @@ class Demo(ModelVerb):
 
         budget = int(sides[f"best of {self.n}"].spent["nfe"] / len(truths[0]))
         made = [
-            side_of(name, done, truth=truth, card=card, commands=self.commands(name, done, budget))
+            side_of(name, done, truth=truth, card=self.card(name, card), commands=self.commands(name, done, budget))
             for (name, done), truth in zip(sides.items(), truths, strict=True)
         ]
         subtitle = "Steered by the reward alone. Truth is the exact verifier's word, which took no part in the choice."
         command = f"diffalign demo --n {self.n} --prompts {self.prompts} --split {self.split} --seed {self.seed}"
         heading = Heading(title="One draw, and what search makes of it", subtitle=subtitle, command=command)
         page.write(made, out, heading, seed=self.seed)
+
+    def card(self, name: str, card: dict[str, Any]) -> dict[str, Any]:
+        """The card of one method: noise optimisation runs on another model, or in fewer steps."""
+        from dataclasses import replace
+
+        own: dict[str, Any] = {"method": {"name": name}}
+        if name in ("one step", "ReNO"):
+            few = {"num_inference_steps": min(FEW, int(card["call"].get("num_inference_steps", 50)))}
+            student = replace(self, model=self.student) if self.model == TEACHER else None
+            own |= {"model": self.student, "call": student.pipeline_call()} if student else {"call": card["call"] | few}
+        return card | own
 
     def commands(self, name: str, done: Sampled, budget: int) -> list[str]:
         """The command that makes each image of a method again; none where a method was told more than a command can."""

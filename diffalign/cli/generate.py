@@ -73,7 +73,13 @@ class Generate(PromptVerb):
 
         if self.method == "stock":
             return {}
+        from diffalign.bench.sample import ALIKE
+
         told: dict[str, Any] = {"top_k": self.top_k}
+        if self.method != "best_of_n":
+            told["keep"] = ALIKE  # to say how much a prompt's images differ
+        elif self.n is not None:
+            told["top_k"] = max(self.top_k, min(ALIKE, self.n))
         if self.n is not None:
             told["n"] = self.n
         if self.budget is not None or self.seconds is not None:
@@ -131,7 +137,7 @@ class Generate(PromptVerb):
             def write(done: Sampled, new: list[int]) -> None:
                 for i in new:
                     told = {"command": self.again(cases[i])}
-                    rows.extend(row | told for row in _write(done, i, out))
+                    rows.extend(row | told for row in _write(done, i, out, self.top_k))
                 advance(len(new))
 
             done = sample(
@@ -142,7 +148,7 @@ class Generate(PromptVerb):
         row = done.row(passed)
         card = card_of(pipe, self.model, cases, call, reward=reward, method=self.told())
         atomic.write_jsonl(out / "results.jsonl", rows)
-        atomic.write_json(out / "summary.json", row)
+        atomic.write_json(out / "summary.json", row | {"diversity": done.diversity})
         atomic.write_json(out / "card.json", card.json())
         print(f"{len(rows)} images in {out}  " + describe(row))
         return {"rows": [row]}
@@ -157,13 +163,14 @@ def describe(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _write(done: Sampled, i: int, out: Path) -> list[dict[str, Any]]:
-    """Write the images of case i; one result row for each."""
+def _write(done: Sampled, i: int, out: Path, most: int) -> list[dict[str, Any]]:
+    """Write the best images of case i; one result row for each."""
     from diffalign import atomic, media
 
     rows = []
-    for rank, pixels in enumerate(done.pixels[i]):
-        name = f"images/{i:05d}.png" if len(done.pixels[i]) == 1 else f"images/{i:05d}-{rank}.png"
+    shown = done.pixels[i][:most]
+    for rank, pixels in enumerate(shown):
+        name = f"images/{i:05d}.png" if len(shown) == 1 else f"images/{i:05d}-{rank}.png"
         if pixels.ndim == 4:  # a video: its frames side by side
             pixels = pixels.permute(1, 2, 0, 3).flatten(2)
         atomic.write_image(out / name, media.to_pil(pixels))

@@ -48,6 +48,7 @@ def _run(path: Path) -> Side:
         items=items,
         card=card,
         cost=cost,
+        diversity=_number((summary or {}).get("diversity")),
         roles=_roles(items, _total_name(card), steered),
     )
 

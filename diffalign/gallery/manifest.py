@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -105,6 +105,8 @@ def require_inside(path: Any) -> None:
 def unlike(sides: Sequence[Side]) -> list[str]:
     """How the evaluation cards differ from the baseline's in what should agree; the methods are meant to differ."""
     first = sides[0]
+    if len(sides) > 1 and all(side.card is None for side in sides):
+        return ["No system has an evaluation card, so nothing says that they were made under the same conditions."]
     found = []
     for side in sides[1:]:
         if first.card is None or side.card is None:
@@ -113,9 +115,21 @@ def unlike(sides: Sequence[Side]) -> list[str]:
         for name in sorted(first.card.keys() | side.card.keys()):
             a, b = first.card.get(name), side.card.get(name)
             steered = name == "rewards" and not (a and b)  # a plain draw needs none
-            if name not in ("method", "attention") and a != b and not steered:
-                found.append(f"{name} of {side.name} is {_brief(b)}, and of {first.name} {_brief(a)}.")
+            if name not in ("method", "attention") and not steered:
+                found += [
+                    f"{path} of {side.name} is {_brief(theirs)}, and of {first.name} {_brief(ours)}."
+                    for path, ours, theirs in _differences(name, a, b)
+                ]
     return list(dict.fromkeys(found))
+
+
+def _differences(path: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two values differ, inside mappings too."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in sorted(a.keys() | b.keys()):
+            yield from _differences(f"{path}.{key}", a.get(key), b.get(key))
+    elif a != b:
+        yield path, a, b
 
 
 def _entry(key: str, items: Sequence[Item | None], folder: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def side_of(
     role: Role = "proxy" if steered else "heldout"
     roles: dict[str, Role] = {each: "truth" if each == "truth" else role for each in names}
     cost = {each: value / max(len(done.cases), 1) for each, value in done.spent.items()}
-    return Side(name=name, items=items, card=card, cost=cost, diversity=_diversity(done), roles=roles)
+    return Side(name=name, items=items, card=card, cost=cost, diversity=done.diversity, roles=roles)
 
 
 def _scores(done: Sampled, i: int) -> dict[str, float | None]:
@@ -47,11 +47,3 @@ def _scores(done: Sampled, i: int) -> dict[str, float | None]:
         return {}
     valid = bool(found.valid[0])
     return {name: float(part[0]) if valid else None for name, part in found.parts.items()}
-
-
-def _diversity(done: Sampled) -> float | None:
-    """Mean distance between the images of a prompt, where there are several."""
-    from diffalign.bench.search import spread
-
-    spreads = [found for pixels in done.pixels if pixels.ndim == 4 and (found := spread(pixels)) is not None]
-    return sum(spreads) / len(spreads) if spreads else None

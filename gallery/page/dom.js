@@ -66,8 +66,9 @@ window.Gallery = {};
   G.count = (n, one, many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
 
   // Sign and colour say the same, for those who see only one of them.
-  G.delta = (value, decimals) => {
-    const kind = !G.isNumber(value) ? "none" : value > 0 ? "up" : value < 0 ? "down" : "flat";
+  // A mean whose interval holds 0 is no gain and no loss: `unsure`.
+  G.delta = (value, decimals, unsure = false) => {
+    const kind = !G.isNumber(value) ? "none" : unsure || value === 0 ? "flat" : value > 0 ? "up" : "down";
     return G.el("span", { class: `delta ${kind}` }, G.signed(value, decimals));
   };
 

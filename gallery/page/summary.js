@@ -7,6 +7,13 @@
   const named = (reward) => [reward.name, " ", G.el("span", { class: `role ${reward.role}` }, reward.role)];
   const between = (lo, hi, show) => (G.isNumber(lo) && G.isNumber(hi) ? ` [${show(lo)}, ${show(hi)}]` : "");
 
+  /** The largest loss and the largest gain of B: a mean can hide one picture that went wrong. */
+  function span(reward) {
+    const gains = G.entries.map((entry) => G.gain(entry, reward.name)).filter(G.isNumber);
+    const [least, most] = gains.reduce(([lo, hi], gain) => [Math.min(lo, gain), Math.max(hi, gain)], [Infinity, -Infinity]);
+    return gains.length ? `${G.signed(least, reward.decimals)} to ${G.signed(most, reward.decimals)}` : "\u2013";
+  }
+
   G.pairTable = () => {
     const { a, b } = G.state;
     const summary = a === b ? null : G.summary(a, b);
@@ -18,14 +25,14 @@
       const row = summary[reward.name];
       const show = (value) => G.signed(value, reward.decimals);
       return [
-        named(reward), [G.delta(row.delta, reward.decimals), between(row.lo, row.hi, show)],
-        `${row.wins} / ${row.losses} / ${row.ties}`,
+        named(reward), [G.delta(row.delta, reward.decimals, row.lo <= 0 && row.hi >= 0), between(row.lo, row.hi, show)],
+        `${row.wins} / ${row.losses} / ${row.ties}`, span(reward),
         G.percent(row.win_rate) + between(row.win_lo, row.win_hi, (x) => (100 * x).toFixed(1)),
         G.pValue(row.sign_p), String(row.n),
       ];
     });
     return G.table(`B, ${G.systems[b].name}, against A, ${G.systems[a].name}`,
-      ["Reward", "Mean of B \u2212 A [95 %]", "B wins / loses / ties", "Win rate of B [95 %]", "Sign test p", "n"],
+      ["Reward", "Mean of B \u2212 A [95 %]", "B wins / loses / ties", "Worst to best", "Win rate of B [95 %]", "Sign test p", "n"],
       rows, { id: "pair-table" });
   };
 
@@ -52,8 +59,10 @@
 
   function reelItem(entry) {
     const { a, b, reward } = G.state;
-    return G.el("li", {}, G.el("a", { href: G.link({ entry: entry.id }) },
-      G.el("span", { class: "duo" }, G.thumb(entry.shots[a], ""), G.thumb(entry.shots[b], "")),
+    const shot = (i, letter) => G.el("span", { class: "shot" }, G.thumb(entry.shots[i], ""),
+      G.el("span", { class: "letter", "aria-hidden": "true" }, letter));
+    return G.el("li", {}, G.el("a", { href: G.link({ entry: entry.id, mode: "side" }) },
+      G.el("span", { class: "duo" }, shot(a, "A"), shot(b, "B")),
       G.delta(G.gain(entry, reward), G.reward(reward).decimals),
       G.el("span", { class: "strip-prompt", dir: "auto" }, G.cut(entry.prompt, 160) || "(no prompt)")));
   }

@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffalign.cli import main
 from diffalign.cli.demo import Demo
+from diffalign.gallery import manifest
 from tests.cli.conftest import SMALL
 
 
@@ -25,6 +26,9 @@ def test_rows_sheet_and_card_are_written(tiny: str, here: Path, capsys: pytest.C
     assert stock["truth"]["lo"] <= stock["truth"]["mean"] <= stock["truth"]["hi"]
     assert Image.open(here / "out/demo/sheet.png").size[0] > 700
     assert json.loads((here / "out/demo/card.json").read_text())["method"]["n"] == 3
+    page = manifest.read(here / "out/demo")
+    assert [len(page["entries"]), len(page["systems"])] == [4, 4]
+    assert page["unlike"] == []  # the tiny model has few steps anyway
     assert "sheet.png" in capsys.readouterr().out
 
 

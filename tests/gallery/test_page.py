@@ -139,6 +139,17 @@ def test_search_ignores_case_and_says_how_many_are_left(visit: Visit, discs: Any
     assert page.locator("#nothing").is_visible()
 
 
+def signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "\u2212")
+
+
+def scored(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries of which the first two systems have a score."""
+    return [
+        e for e in data["entries"] if all(shot and shot["scores"].get("shapes") is not None for shot in e["shots"][:2])
+    ]
+
+
 def test_swapping_the_pair_turns_the_summary_round(visit: Visit, discs: Any) -> None:
     url, data = discs
     row = data["summaries"][0]["rewards"]["shapes"]
@@ -147,7 +158,9 @@ def test_swapping_the_pair_turns_the_summary_round(visit: Visit, discs: Any) -> 
     cells = page.locator("#pair-table tbody tr").first.locator("td").all_inner_texts()
     assert cells[0].startswith(f"\u2212{row['delta']:.3f}" if row["delta"] > 0 else f"+{-row['delta']:.3f}")
     assert cells[1] == f"{row['losses']} / {row['wins']} / {row['ties']}"
-    assert cells[2] == "30.0 % [20.0, 40.0]"
+    gains = [entry["shots"][0]["scores"]["shapes"] - entry["shots"][1]["scores"]["shapes"] for entry in scored(data)]
+    assert cells[2] == f"{signed(min(gains))} to {signed(max(gains))}"
+    assert cells[3] == "30.0 % [20.0, 40.0]"
 
 
 def test_keys_walk_flicker_zoom_and_close_but_not_while_typing(visit: Visit, discs: Any) -> None:

@@ -195,7 +195,7 @@ def test_cards_that_differ_in_more_than_the_method_are_named(tmp_path: Path):
     assert written(tmp_path, side("a", ["x"], [0], card=a), side("b", ["x"], [0], card=b))["unlike"] == []
     other = b | {"call": {"steps": 10}}
     (said,) = written(tmp_path, side("a", ["x"], [0], card=a), side("b", ["x"], [0], card=other))["unlike"]
-    assert said.startswith("call of b")
+    assert said == "call.steps of b is 10, and of a 20."
     assert written(tmp_path, side("a", ["x"], [0], card=a), side("b", ["x"], [0]))["unlike"] == [
         "b has no evaluation card."
     ]
