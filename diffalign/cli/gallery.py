@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What the systems of a config share unless they say otherwise.
 SHARED = (
     *("model", "lora", "device", "dtype", "attention", "call"),
-    *("prompt", "prompts", "split", "limit", "seed", "reward", "batch"),
+    *("prompt", "prompts", "split", "limit", "image_seed", "seed", "reward", "batch"),
 )
 VOTES = "votes"  # the first source that means the rest are files of votes
 
@@ -107,20 +107,25 @@ class Gallery(PromptVerb):
 
     def sides(self) -> list[Side]:
         """Every system with its pictures and all scores."""
+        from diffalign import scoring
         from diffalign.cli.model import quiet_libraries
         from diffalign.cli.truth import progress
         from diffalign.gallery import folders, systems, witnesses
 
         systems.require_systems(self.systems)
         wanted = {name: self.settings(told) for name, told in self.systems.items()}
-        found = systems.run_all(wanted, self.folder, self.run_system)
+        verbs = {name: self.system(told) for name, told in self.systems.items()}  # mistakes come before the work
+        for spec in self.heldout:
+            scoring.make_reward(spec if not isinstance(self.heldout, Mapping) else {spec: self.heldout[spec]})
+        asked = {name: _fingerprint(verb) for name, verb in verbs.items()}
+        found = systems.run_all(wanted, self.folder, self.run_system, asked)
         names = self.name or [None] * len(self.sources)
         for source, name in zip(self.sources, names, strict=True):
             side = folders.read_side(Path(source))
             found.append(dataclasses.replace(side, name=name) if name else side)
         quiet_libraries()
-        asked = self.heldout.items() if isinstance(self.heldout, Mapping) else [(spec, None) for spec in self.heldout]
-        for spec, told in asked:
+        told_of = self.heldout if isinstance(self.heldout, Mapping) else dict.fromkeys(self.heldout)
+        for spec, told in told_of.items():
             with progress(sum(len(side.items) for side in found), spec) as advance:
                 found = witnesses.scored(found, spec if told is None else {spec: told}, advance=advance)
         return found
@@ -185,6 +190,16 @@ class Gallery(PromptVerb):
         if self.out:
             print(f"{len(merged)} votes are in {self.out}")
         return {"results": found, "votes": len(merged)}
+
+
+def _fingerprint(verb: Any) -> dict[str, Any]:
+    """What a system is asked, and the local files it is made of: a run for something else is not this one."""
+    places = [Path(place) for place in (verb.model, verb.lora) if place and Path(place).exists()]
+    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*")))]
+    return {
+        "cases": [[case.prompt, case.seed] for case in verb.cases()],
+        "files": [[str(file), file.stat().st_size, file.stat().st_mtime] for file in files if file.is_file()],
+    }
 
 
 def _jsonable(value: Any) -> Any:

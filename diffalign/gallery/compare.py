@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +35,10 @@ def paired(a: Scores, b: Scores, *, seed: int = 0) -> dict[str, Any] | None:
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided probability of a split at least this uneven if each decided pair were a fair coin; 1 without any."""
     n, fewer = wins + losses, min(wins, losses)
-    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    tail = term = 1
+    for k in range(1, fewer + 1):
+        term = term * (n - k + 1) // k  # n choose k
+        tail += term
     return float(min(1.0, 2 * tail / 2**n))
 
 

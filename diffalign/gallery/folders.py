@@ -34,7 +34,7 @@ def _run(path: Path) -> Side:
     """A run folder: the best image of each prompt."""
     rows = [row for row in _lines(path / "results.jsonl") if row.get("rank", 0) == 0]
     card, summary = read_json(path / "card.json"), read_json(path / "summary.json")
-    method = dict((card or {}).get("method") or {})
+    method = _mapping((card or {}).get("method"))
     steered = method.get("name", "stock") != "stock"
     keys = numbered([str(row.get("prompt", "")) for row in rows])
     items = [_row_item(path, key, row, _total_name(card)) for key, row in zip(keys, rows, strict=True)]
@@ -55,11 +55,11 @@ def _run(path: Path) -> Side:
 
 def _total_name(card: Mapping[str, Any] | None) -> str:
     """What the reward that was asked for is called."""
-    return " + ".join((card or {}).get("rewards") or {}) or "reward"
+    return " + ".join(map(str, _mapping((card or {}).get("rewards")))) or "reward"
 
 
 def _row_item(path: Path, key: str, row: Mapping[str, Any], total: str) -> Item:
-    scores = {str(name): _number(value) for name, value in (row.get("parts") or {}).items()}
+    scores = {str(name): _number(value) for name, value in _mapping(row.get("parts")).items()}
     if "reward" in row:
         scores = {total: _number(row["reward"]), **scores}
     if "truth" in row:
@@ -69,21 +69,21 @@ def _row_item(path: Path, key: str, row: Mapping[str, Any], total: str) -> Item:
         prompt=str(row.get("prompt", "")),
         picture=_inside(path, row.get("file")),
         missing="the run names no file",
-        seed=row.get("seed"),
+        seed=seed if isinstance(seed := row.get("seed"), int) and seed >= 0 else None,
         scores=scores,
-        tags=tuple(map(str, row.get("tags") or ())),
-        command=row.get("command"),
+        tags=tuple(map(str, _listed(row.get("tags")))),
+        command=_text(row.get("command")),
         inputs=_inputs(path, row.get("inputs")),
-        instruction=row.get("instruction"),
-        steps=row.get("steps"),
-        checks=row.get("checks") or (),
-        candidates=row.get("candidates"),
+        instruction=_text(row.get("instruction")),
+        steps={str(name): _listed(values) for name, values in _mapping(row.get("steps")).items()} or None,
+        checks=[check for check in _listed(row.get("checks")) if isinstance(check, dict)],
+        candidates=candidates if isinstance(candidates := row.get("candidates"), int) else None,
     )
 
 
 def _inputs(path: Path, named: Any) -> dict[str, Picture]:
     """The pictures a prompt came with: source, control, reference."""
-    found = {str(name): _inside(path, file) for name, file in (named or {}).items()}
+    found = {str(name): _inside(path, file) for name, file in _mapping(named).items()}
     return {name: file for name, file in found.items() if file is not None}
 
 
@@ -96,7 +96,8 @@ def _roles(items: Sequence[Item], total: str, steered: bool) -> dict[str, Role]:
 
 def _pictures(path: Path) -> Side:
     """Pictures whose names tell which belong together; `name.txt` beside one is its prompt."""
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (*IMAGES, *VIDEOS))
+    names = sorted(file.name for file in path.iterdir() if file.suffix.lower() in (*IMAGES, *VIDEOS))
+    files = [file for name in names if (file := _inside(path, name))]
     if not files:
         raise ConfigError(f"'{path}' holds neither results.jsonl nor pictures ({', '.join(IMAGES + VIDEOS)}).")
     twins = {file.stem for k, file in enumerate(files) if k and file.stem == files[k - 1].stem}
@@ -115,6 +116,7 @@ def _prompts(path: Path, count: int) -> list[str] | None:
 
     for name in NAMES:
         if (path / name).exists():
+            _inside(path, name)
             prompts = [case.prompt for case in read_cases(path / name)]
             if len(prompts) != count:
                 raise ConfigError(
@@ -128,6 +130,7 @@ def _beside(file: Path) -> str:
     """The caption beside a picture, else its name in words."""
     caption = file.with_suffix(".txt")
     if caption.exists():
+        _inside(file.parent, caption.name)
         return caption.read_text(encoding="utf-8", errors="replace").strip()
     return file.stem.replace("_", " ")
 
@@ -137,16 +140,18 @@ def _inside(folder: Path, name: Any) -> Path | None:
     if not isinstance(name, str):
         return None
     file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
+    if "\0" in name or not file.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"'{folder}' names the file {name!r}, which is not inside it. Do not trust this run.")
     return file
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda _: None)  # NaN is no number
         except json.JSONDecodeError as e:
             raise ConfigError(f"{file}:{number} is not JSON ({e}). Make the run again.") from e
         if not isinstance(row, dict):
@@ -160,11 +165,27 @@ def read_json(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=lambda _: None)
     except (OSError, ValueError) as e:
         raise ConfigError(f"'{file}' cannot be read ({e}). Make the run again.") from e
     return found if isinstance(found, dict) else None
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    """A finite number; whole ones of hundreds of digits are none."""
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

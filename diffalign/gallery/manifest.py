@@ -12,7 +12,7 @@ from typing import Any
 
 from diffalign.errors import ConfigError
 from diffalign.gallery import compare
-from diffalign.gallery.pictures import Unreadable, store
+from diffalign.gallery.pictures import IMAGES, VIDEOS, Unreadable, store
 from diffalign.gallery.sides import Item, Picture, Side, matched, named_apart, roles_of
 
 FORMAT, VERSION = "diffalign-gallery", 1
@@ -97,7 +97,9 @@ def paths(value: Any) -> list[str]:
 
 def require_inside(path: Any) -> None:
     """Refuse a media path that could leave the gallery's folder or name another place."""
-    plain = isinstance(path, str) and path and not any(c in path for c in ":\\?#\0")
+    plain = (
+        isinstance(path, str) and path.lower().endswith((*IMAGES, *VIDEOS)) and not any(c in path for c in ":\\?#\0")
+    )
     if not plain or path.startswith("/") or ".." in PurePosixPath(path).parts:
         raise ConfigError(f"a manifest names the file {path!r}, which is not inside its folder. Do not trust it.")
 
@@ -152,7 +154,7 @@ def _shot(item: Item, folder: Path) -> dict[str, Any]:
     shot = {
         "media": media,
         "missing": why,
-        "scores": {name: None if value is None else round(value, 6) for name, value in item.scores.items()},
+        "scores": {name: _kept(value) for name, value in item.scores.items()},
         "seed": None if item.seed is None else str(item.seed),
         "command": item.command,
         "steps": None if item.steps is None else {name: list(values) for name, values in item.steps.items()},
@@ -189,7 +191,12 @@ def _reward(
 
 
 def _score(item: Item | None, name: str) -> float | None:
-    return None if item is None else item.scores.get(name)
+    return None if item is None else _kept(item.scores.get(name))
+
+
+def _kept(value: float | None) -> float | None:
+    """A score as the page has it: six digits, so that what only rounding tells apart is a tie."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _gaps(sides: Sequence[Side], entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -200,8 +207,9 @@ def _gaps(sides: Sequence[Side], entries: Sequence[Mapping[str, Any]]) -> list[s
 
 
 def _identity(manifest: Mapping[str, Any]) -> str:
-    """The same systems, prompts and pictures have the same id, whenever the page is made."""
-    told = [[system["name"] for system in manifest["systems"]], manifest["entries"]]
+    """The same systems, prompts and pictures have the same id, whenever the page is made, whatever their scores."""
+    shown = [[entry["id"], entry["prompt"], paths(entry["shots"])] for entry in manifest["entries"]]
+    told = [[system["name"] for system in manifest["systems"]], shown]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

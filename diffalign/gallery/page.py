@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign import atomic
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, OutputError
 from diffalign.gallery import manifest as manifests
 from diffalign.gallery.manifest import Heading
 from diffalign.gallery.sides import Side
@@ -30,6 +30,7 @@ def write(
     `folder`/index.html opens in a browser. An older gallery in the folder is replaced; its pictures stay.
     """
     atomic.require_folder(folder)
+    require_ours(folder)
     manifest = manifests.build(sides, folder, heading or Heading(), advance, seed=seed)
     put(manifest, folder)
     return manifest
@@ -39,12 +40,20 @@ def put(manifest: Mapping[str, Any], folder: Path) -> None:
     """Write a manifest and the page's code beside its media."""
     for path in manifests.paths(manifest):
         manifests.require_inside(path)
+    require_ours(folder)
     text = json.dumps(manifest, ensure_ascii=False, allow_nan=False)
     for name, content in code().items():
         atomic.write_bytes(folder / name, content)
     atomic.write_text(folder / "README.md", _space(manifest))
     atomic.write_text(folder / "manifest.json", f"{text}\n")
     atomic.write_text(folder / "manifest.js", f"window.DIFFALIGN_MANIFEST = {_as_script(text)};\n")
+
+
+def require_ours(folder: Path) -> None:
+    """Refuse to write over a page or README that no gallery wrote."""
+    for name in ("index.html", "README.md"):
+        if (folder / name).exists() and not (folder / "manifest.json").exists():
+            raise OutputError(f"'{folder / name}' is not a gallery's. Choose another place with --out.")
 
 
 def code() -> dict[str, bytes]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 VIDEOS = (".mp4", ".webm", ".mov")
 IMAGES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff")
+KEPT = {"PNG": ".png", "WEBP": ".webp", "JPEG": ".jpg", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tiff"}
+FILMED = {b"ftyp": 4, b"\x1a\x45\xdf\xa3": 0}  # how videos begin, and where
 WIDEST = 16383  # pixels of a WebP's side
 SHOWN = 1600  # longer side of what the page shows
 TINY = 256  # up to here the shown picture is lossless too
@@ -44,22 +46,55 @@ def store(picture: Picture, folder: Path) -> dict[str, Any]:
 
 
 def _stored_file(path: Path, folder: Path) -> dict[str, Any]:
-    from PIL import Image, ImageOps
-
-    try:
-        content = path.read_bytes()
-    except OSError as e:
-        raise Unreadable(f"{path.name}: {e.strerror or e}") from e
+    content = _bytes(path)
     if path.suffix.lower() in VIDEOS:
+        if not any(content[at : at + len(mark)] == mark for mark, at in FILMED.items()):
+            raise Unreadable(f"{path.name} is not a video")
         name = _write(folder, content, path.suffix.lower())
         return {"kind": "video", "shown": name, "original": name, "width": None, "height": None}
+    image, kind = _opened(path.name, content)
+    if kind not in KEPT:
+        return _stored_image(image, folder)
+    return _told(image, folder, _write(folder, content, KEPT[kind]))  # its name says what it is, whatever it was called
+
+
+def read_image(path: Path) -> Image.Image:
+    """A picture file as the page shows it, in RGB or RGBA."""
+    return _opened(path.name, _bytes(path))[0]
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise Unreadable(f"{path.name}: {e.strerror or e}") from e
+
+
+def _opened(name: str, content: bytes) -> tuple[Image.Image, str]:
+    from PIL import Image, ImageOps
+
     try:
         with Image.open(io.BytesIO(content)) as opened:
             image: Image.Image = ImageOps.exif_transpose(opened)
             image.load()
+            return _plain(image), str(opened.format)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise Unreadable(f"{path.name} cannot be read: {_short(e)}") from e
-    return _told(image, folder, _write(folder, content, path.suffix.lower()))
+        raise Unreadable(f"{name} cannot be read: {_short(e)}") from e
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Eight bits a channel, in RGB or RGBA."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode in ("RGB", "RGBA"):
+        return image
+    if image.mode.startswith("I") or image.mode == "F":  # whole numbers of 16 bits, or shares of white
+        values = np.asarray(image, dtype=np.float64)
+        white = 1.0 if image.mode == "F" and values.max(initial=0.0) <= 1 else 255.0 if image.mode == "F" else 65535.0
+        return Image.fromarray((values / white).clip(0, 1).__mul__(255).round().astype(np.uint8)).convert("RGB")
+    clear = image.mode in ("LA", "PA", "La") or "transparency" in image.info
+    return image.convert("RGBA" if clear else "RGB")
 
 
 def _stored_image(image: Image.Image, folder: Path) -> dict[str, Any]:
@@ -68,7 +103,7 @@ def _stored_image(image: Image.Image, folder: Path) -> dict[str, Any]:
 
 def _told(image: Image.Image, folder: Path, original: str) -> dict[str, Any]:
     width, height = image.size
-    image = image if image.mode in ("RGB", "RGBA") else image.convert("RGBA" if "transparency" in image.info else "RGB")
+    image = _plain(image)
     if max(width, height) > SHOWN:
         image = image.copy()
         image.thumbnail((SHOWN, SHOWN))

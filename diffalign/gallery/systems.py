@@ -17,16 +17,20 @@ DONE = "settings.json"  # what a finished run was made with
 
 
 def run_all(
-    systems: Mapping[str, Mapping[str, Any]], out: Path, run: Callable[[Mapping[str, Any], Path], None]
+    systems: Mapping[str, Mapping[str, Any]],
+    out: Path,
+    run: Callable[[Mapping[str, Any], Path], None],
+    asked: Mapping[str, Any],
 ) -> list[Side]:
     """The sides of all systems; `run(settings, folder)` makes what `out`/runs does not hold with these settings."""
     found = []
     for name, settings in systems.items():
         folder = out / "runs" / folder_name(name, list(systems))
-        if read_json(folder / DONE) != settings:
+        made = {"settings": settings, "asked": asked[name]}
+        if read_json(folder / DONE) != made:
             (folder / DONE).unlink(missing_ok=True)
             run(settings, folder)
-            atomic.write_json(folder / DONE, settings)
+            atomic.write_json(folder / DONE, made)
         found.append(replace(read_side(folder), name=name))
     return found
 

@@ -47,7 +47,7 @@ class Vote:
 def read(file: Path) -> list[Vote]:
     """The votes of a file that a page exported or a merge wrote."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"cannot read votes from '{file}': {e}. Give the JSONL files that a gallery exported.") from e
     return [_vote(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -64,13 +64,14 @@ def merged(files: Sequence[Sequence[Vote]]) -> list[Vote]:
 def results(votes: Sequence[Vote], manifest: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """For every two systems: who won, whether chance would do, whether people agree, and which rewards do.
 
-    Votes given with names and scores in sight are left out; the page counts alike.
+    Pages are told apart; with a manifest only its own votes count. Votes given with names and scores in sight are left
+    out; the page counts alike.
     """
-    pairs: dict[tuple[str, str], list[Vote]] = defaultdict(list)
+    pairs: dict[tuple[str, str, str], list[Vote]] = defaultdict(list)
     for vote in votes:
-        if vote.blind:
-            pairs[vote.a, vote.b].append(vote)
-    return [_result(a, b, found, manifest) for (a, b), found in sorted(pairs.items())]
+        if vote.blind and (manifest is None or vote.page == manifest["id"]):
+            pairs[vote.page, vote.a, vote.b].append(vote)
+    return [{"page": page} | _result(a, b, found, manifest) for (page, a, b), found in sorted(pairs.items())]
 
 
 def _result(a: str, b: str, votes: list[Vote], manifest: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _rewards(a: str, b: str, votes: Sequence[Vote], manifest: Mapping[str, Any])
         return {}
     at = names.index(a), names.index(b)
     shots = {entry["id"]: (entry["shots"][at[0]], entry["shots"][at[1]]) for entry in manifest["entries"]}
-    mine = [vote for vote in votes if vote.page == manifest["id"] and vote.entry in shots]
+    mine = [vote for vote in votes if vote.entry in shots]
     choices = [SIGN[vote.choice] for vote in mine]
     found = {}
     for reward in manifest["rewards"]:
@@ -146,4 +147,4 @@ def _vote(line: str, where: str) -> Vote:
     if texts or told["choice"] not in get_args(Choice) or told["left"] not in ("a", "b"):
         wrong = texts[0] if texts else "choice" if told["choice"] not in get_args(Choice) else "left"
         raise ConfigError(f"{where} has {wrong} = {told[wrong]!r}, which is not a vote's. See docs/gallery.md.")
-    return Vote(**(told | {"blind": bool(told["blind"])}))
+    return Vote(**(told | {"blind": told["blind"] is True}))

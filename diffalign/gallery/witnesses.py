@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffalign.cases import Case
-from diffalign.gallery.pictures import VIDEOS
+from diffalign.gallery.pictures import VIDEOS, Unreadable, read_image
 from diffalign.gallery.sides import Item, Role, Side
 
 AT_ONCE = 16  # pictures of one size that a reward sees together
@@ -68,9 +68,8 @@ def _pixels(item: Item) -> Tensor | None:
         if picture.suffix.lower() in VIDEOS:
             return None
         try:
-            with Image.open(picture) as opened:
-                picture = opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            picture = read_image(picture)
+        except Unreadable:
             return None  # the page says why it cannot be shown
     if isinstance(picture, Image.Image):
         return vision.to_tensor([picture.convert("RGB")])[0]

@@ -84,6 +84,11 @@ def test_a_config_runs_its_systems_once(tmp_path: Path, capsys):
     assert "images in" not in capsys.readouterr().out
     assert manifest.read(tmp_path / "page")["id"] == first["id"]
     assert main(["gallery", "--config", str(config), "--dry-run"]) == 0
+    assert main([*words, "limit=1"]) == 0  # other cases: the runs that are there are not these
+    assert "images in" in capsys.readouterr().out
+    assert len(manifest.read(tmp_path / "page")["entries"]) == 1
+    assert main([*words, "heldout=[no_such_reward]", "limit=2"]) == 2
+    assert "images in" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

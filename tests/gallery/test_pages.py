@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffalign.errors import ConfigError
-from diffalign.gallery import manifest, page
+from diffalign.errors import ConfigError, OutputError
+from diffalign.gallery import manifest, page, witnesses
 from diffalign.gallery.folders import read_side
 from diffalign.gallery.manifest import Heading
 from diffalign.gallery.sides import Item, Side, matched, named_apart, numbered, roles_of
@@ -277,3 +277,73 @@ def test_a_training_run_shows_its_samples_over_steps_and_its_curves(tmp_path: Pa
     (tmp_path / "new" / "samples").mkdir(parents=True)
     with pytest.raises(ConfigError, match="without samples"):
         read_side(tmp_path / "new")
+
+
+def test_a_kept_file_is_called_what_it_is(tmp_path: Path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    picture().save(folder / "a.png")
+    (folder / "a.png").rename(folder / "a.html")
+    (folder / "passwords.mp4").write_text("root:x:0:0")
+    rows = [{"prompt": "x", "file": "a.html"}, {"prompt": "y", "file": "passwords.mp4"}]
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    made = written(tmp_path / "out", read_side(folder))
+    first, second = (entry["shots"][0] for entry in made["entries"])
+    assert first["media"]["original"].endswith(".png")
+    assert second["missing"] == "passwords.mp4 is not a video"
+    assert not list((tmp_path / "out").rglob("*.mp4"))
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path: Path):
+    (tmp_path / "secret.txt").write_text("secret")
+    picture().save(tmp_path / "other.png")
+    for name, target in (("a.txt", "secret.txt"), ("b.png", "other.png")):
+        folder = tmp_path / name
+        folder.mkdir()
+        picture().save(folder / "a.png")
+        (folder / name).symlink_to(tmp_path / target)
+        with pytest.raises(ConfigError, match="not inside it"):
+            read_side(folder)
+
+
+def test_a_folder_of_somebody_elses_page_is_left_alone(tmp_path: Path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(OutputError, match="not a gallery's"):
+        written(tmp_path, side("a", ["x"], [0.1]))
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_scores_say_nothing_about_who_a_page_is_and_rounding_wins_nothing(tmp_path: Path):
+    pair = side("a", ["x", "y"], [0.5, 0.5]), side("b", ["x", "y"], [0.50000003, 0.5])
+    made = written(tmp_path, *pair)
+    assert made["summaries"][0]["rewards"]["clip"]["ties"] == 2
+    assert written(tmp_path, pair[0], side("b", ["x", "y"], [0.9, 0.1]))["id"] == made["id"]
+
+
+def test_sixteen_bits_of_grey_stay_grey(tmp_path: Path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    ramp = torch.arange(64 * 64).view(64, 64) * 16
+    Image.fromarray(ramp.numpy().astype("uint16")).save(folder / "ramp.png")
+    Image.new("LA", (8, 8), (200, 128)).save(folder / "clear.png")
+    made = written(tmp_path / "out", *witnesses.scored([read_side(folder)], "brightness"))
+    clear, grey = (entry["shots"][0] for entry in made["entries"])
+    assert grey["scores"]["brightness"] == pytest.approx(0.5, abs=0.01)
+    with Image.open(tmp_path / "out" / clear["media"]["shown"]) as shown:
+        assert shown.mode == "RGBA"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"parts": [1], "steps": [1], "inputs": [1], "tags": 3, "checks": ["a"], "candidates": "x", "command": 4},
+        {"reward": 10**400, "seed": "text"},
+        {"prompt": "a\u2028b"},
+        {"prompt": None},
+    ],
+)
+def test_odd_rows_of_a_run_make_no_page_fail(tmp_path: Path, odd: dict[str, Any]):
+    picture().save(tmp_path / "a.png")
+    row = json.dumps({"prompt": "x", "file": "a.png", **odd}, ensure_ascii=False)
+    (tmp_path / "results.jsonl").write_text("\ufeff" + row.replace('"x"', "NaN") + "\n", encoding="utf-8")
+    assert len(written(tmp_path / "out", read_side(tmp_path))["entries"]) == 1

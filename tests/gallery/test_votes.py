@@ -64,6 +64,16 @@ def test_counts_shares_and_chance(tmp_path: Path):
     assert (found["share_b"]["lo"], found["share_b"]["hi"]) == pytest.approx((wilson.low, wilson.high))
 
 
+def test_pages_are_told_apart_and_line_ends_do_not_matter(tmp_path: Path):
+    lines = [line("1"), line("2", "a", page="q"), line("3", prompt="a\u2028b")]
+    (tmp_path / "v.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).replace("\\u2028", "\u2028").encode())
+    found = votes.results(votes.read(tmp_path / "v.jsonl"))
+    assert [(row["page"], row["chose_a"], row["chose_b"]) for row in found] == [("p", 0, 2), ("q", 1, 0)]
+    about = {"id": "q", "systems": [], "entries": [], "rewards": []}
+    (only,) = votes.results(votes.read(tmp_path / "v.jsonl"), about)
+    assert only["votes"] == 1
+
+
 def test_random_answers_favour_no_system(tmp_path: Path):
     draw, rejected = random.Random(0), 0
     for _ in range(200):
