@@ -224,7 +224,7 @@ def _print(manifest: Mapping[str, Any], folder: Path) -> None:
     for note in [*manifest["notes"], *manifest["unlike"]]:
         print(f"note: {note}")
     print(f"open {folder / 'index.html'}  ({len(manifest['entries'])} entries)")
-    print(f"publish it: hf upload USER/NAME {folder} . --repo-type space")
+    print(f"publish it: hf upload USER/NAME {folder} . --repo-type space --exclude 'runs/*'")
 
 
 def _print_votes(found: list[dict[str, Any]]) -> None:
