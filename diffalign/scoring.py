@@ -67,6 +67,11 @@ class Score:
         """The rows at `index`, which is whatever indexes a tensor: numbers, a slice, a mask."""
         return Score(self.total[index], {k: v[index] for k, v in self.parts.items()}, self.valid[index])
 
+    def parts_at(self, index: Any) -> dict[str, float | None]:
+        """The parts of one row as plain numbers, None where it is invalid."""
+        valid = bool(self.valid[index])
+        return {name: float(part[index]) if valid else None for name, part in self.parts.items()}
+
     def spread(self, mask: Tensor) -> Score:
         """These rows where `mask` (B,) is true, in order, and invalid rows elsewhere."""
 

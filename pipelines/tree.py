@@ -94,13 +94,7 @@ class TreePipeline(SearchShell):
 
 def _judge_anew(tree: Tree, value: Any) -> None:
     """Forget what another value said of the nodes: opinions on two scales must not be compared."""
-    told = (
-        value
-        if isinstance(value, str)
-        else repr(value)
-        if isinstance(value, int | tuple | list)
-        else type(value).__name__
-    )
+    told = repr(value) if isinstance(value, str | int | tuple | list) else type(value).__name__
     if value is not None and tree.origin.get("value") != told:
         for nodes in tree.cases:
             nodes.opinion = [math.nan] * len(nodes.opinion)

@@ -50,17 +50,15 @@ class Sampled:
     @property
     def diversity(self) -> float | None:
         """Mean distance between the best few images of a prompt, where a method leaves several."""
-        spreads = [spread(self._several(i)) for i in range(len(self.pixels))]
+        spreads = [spread(self.several(i)) for i in range(len(self.pixels))]
         found = [each for each in spreads if each is not None]
         return sum(found) / len(found) if found else None
 
-    def _several(self, i: int) -> Tensor:
-        kept = self.report_of(i)[0].kept[self.report_of(i)[1]] if self.reports and self._keeps else []
-        return torch.stack([leaf.media for leaf in kept]) if kept else self.pixels[i][:ALIKE]
-
-    @property
-    def _keeps(self) -> bool:
-        return bool(getattr(self.reports[0], "kept", None))
+    def several(self, i: int) -> Tensor:
+        """The best few images of case i: what its search kept, or those it gave back."""
+        report, row = self.report_of(i) if self.reports else (None, 0)
+        kept = getattr(report, "kept", None)
+        return torch.stack([leaf.media for leaf in kept[row]]) if kept else self.pixels[i][:ALIKE]
 
     @property
     def proxy(self) -> Interval | None:

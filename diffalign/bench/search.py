@@ -141,9 +141,6 @@ def _measure(
     judged = scoring.score(reward, best, list(cases), all_invalid=True)
     rows = []
     for k, verdict in enumerate(world.verify(best, list(cases))):
-        kept = done.pixels[k]
-        if contender.pipeline not in (STOCK, BASELINE):
-            kept = torch.stack([leaf.media for leaf in done.reports[0].kept[k]])
         value = float(judged.total[k])
         rows.append(
             {
@@ -157,7 +154,7 @@ def _measure(
                 "proxy": value if value == value else None,
                 "truth": float(verdict.strict),
                 "soft": verdict.soft,
-                "diversity": spread(kept),
+                "diversity": spread(done.several(k)),
             }
         )
     return rows

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from diffalign.cli.model import PromptVerb
-from diffalign.cli.verb import Opt
+from diffalign.cli.verb import Opt, as_json, words
 from diffalign.errors import ConfigError
 
 if TYPE_CHECKING:
+    from diffalign.cli.generate import Generate
     from diffalign.gallery.sides import Side
 
 # What the systems of a config share unless they say otherwise.
@@ -83,7 +83,7 @@ class Gallery(PromptVerb):
             return self.count()
         from diffalign import atomic, config
         from diffalign.cli.truth import progress
-        from diffalign.gallery import manifest, page, slides
+        from diffalign.gallery import manifest, page
 
         if len(self.sources) == 1 and (Path(self.sources[0]) / "manifest.json").exists():
             return self.renew(Path(self.sources[0]))
@@ -97,13 +97,18 @@ class Gallery(PromptVerb):
         heading = manifest.Heading(title=self.title, command=self.command())
         with progress(max(len(side.items) for side in sides), "entries") as advance:
             made = page.write(sides, self.folder, heading, advance, seed=self.seed)
-        if self.sheet:
-            slides.write_sheet(made, self.folder, Path(self.sheet))
-        if self.gif:
-            slides.write_animation(made, self.folder, Path(self.gif))
+        self.write_slides(made, self.folder)
         _print(made, self.folder)
         told = {name: made[name] for name in ("id", "summaries", "notes", "unlike")}
         return {**told, "entries": len(made["entries"]), "page": str(self.folder / "index.html")}
+
+    def write_slides(self, made: Mapping[str, Any], folder: Path) -> None:
+        from diffalign.gallery import slides
+
+        if self.sheet:
+            slides.write_sheet(made, folder, Path(self.sheet))
+        if self.gif:
+            slides.write_animation(made, folder, Path(self.gif))
 
     def sides(self) -> list[Side]:
         """Every system with its pictures and all scores."""
@@ -113,59 +118,43 @@ class Gallery(PromptVerb):
         from diffalign.gallery import folders, systems, witnesses
 
         systems.require_systems(self.systems)
-        wanted = {name: self.settings(told) for name, told in self.systems.items()}
+        quiet_libraries()
         verbs = {name: self.system(told) for name, told in self.systems.items()}  # mistakes come before the work
-        for spec in self.heldout:
-            scoring.make_reward(spec if not isinstance(self.heldout, Mapping) else {spec: self.heldout[spec]})
-        asked = {name: _fingerprint(verb) for name, verb in verbs.items()}
-        found = systems.run_all(wanted, self.folder, self.run_system, asked)
+        specs = (
+            [{name: told} for name, told in self.heldout.items()] if isinstance(self.heldout, dict) else self.heldout
+        )
+        witness = [scoring.make_reward(spec) for spec in specs]
+        made = {name: as_json(verb) | _fingerprint(verb) for name, verb in verbs.items()}
+        found = systems.run_all(made, self.folder, lambda name, folder: _run(verbs[name], name, folder))
         names = self.name or [None] * len(self.sources)
         for source, name in zip(self.sources, names, strict=True):
             side = folders.read_side(Path(source))
             found.append(dataclasses.replace(side, name=name) if name else side)
-        quiet_libraries()
-        told_of = self.heldout if isinstance(self.heldout, Mapping) else dict.fromkeys(self.heldout)
-        for spec, told in told_of.items():
-            with progress(sum(len(side.items) for side in found), spec) as advance:
-                found = witnesses.scored(found, spec if told is None else {spec: told}, advance=advance)
+        for reward in witness:
+            with progress(sum(len(side.items) for side in found), reward.name) as advance:
+                found = witnesses.scored(found, reward, advance=advance)
         return found
 
-    def settings(self, told: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings of `generate` for one system: the page's own, then the system's."""
-        plain = {name: getattr(self, name) for name in SHARED}
-        plain |= {"call": {**self.call, **told.get("call", {})}}
-        found: dict[str, Any] = _jsonable(plain | {name: value for name, value in told.items() if name != "call"})
-        return found
-
-    def system(self, told: Mapping[str, Any], out: Path | None = None) -> Any:
+    def system(self, told: Mapping[str, Any]) -> Generate:
+        """One system: the page's own settings of `generate`, then the system's over them."""
         from diffalign import config
         from diffalign.cli.generate import Generate
 
-        settings = self.settings(told) | ({"out": str(out)} if out else {})
-        return config.build(Generate, {name: _tuples(value) for name, value in settings.items()})
-
-    def run_system(self, settings: Mapping[str, Any], folder: Path) -> None:
-        print(f"{folder.name}:", end=" ", flush=True)
-        self.system(settings, folder).run()
+        shared = {name: getattr(self, name) for name in SHARED}
+        return config.build(Generate, {**shared, **told, "call": {**self.call, **told.get("call", {})}})
 
     def command(self) -> str:
-        from diffalign.cli.verb import words
-
         if self.systems:
             return "diffalign gallery --config config.yaml"  # which lies beside the page
-        told = {"title": self.title, "name": self.name, "heldout": tuple(self.heldout)}
-        return words(" ".join(["gallery", *map(shlex.quote, self.sources)]), told, Gallery)
+        return words(Gallery, {"title": self.title, "name": self.name, "heldout": tuple(self.heldout)}, self.sources)
 
     def renew(self, folder: Path) -> dict[str, Any]:
         """Bring the page of an existing gallery up to date; its data and pictures stay."""
-        from diffalign.gallery import manifest, page, slides
+        from diffalign.gallery import manifest, page
 
         about = manifest.read(folder)
         page.put(about, folder)
-        if self.sheet:
-            slides.write_sheet(about, folder, Path(self.sheet))
-        if self.gif:
-            slides.write_animation(about, folder, Path(self.gif))
+        self.write_slides(about, folder)
         print(f"open {folder / 'index.html'}  (its page is this version's; data and pictures are as they were)")
         return {"id": about["id"], "entries": len(about["entries"]), "page": str(folder / "index.html")}
 
@@ -202,14 +191,9 @@ def _fingerprint(verb: Any) -> dict[str, Any]:
     }
 
 
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    return [_jsonable(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _run(verb: Generate, name: str, folder: Path) -> None:
+    print(f"{name}:", end=" ", flush=True)
+    dataclasses.replace(verb, out=str(folder)).run()
 
 
 def _print(manifest: Mapping[str, Any], folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from diffalign.cli.model import PromptVerb
-from diffalign.cli.verb import Opt
+from diffalign.cli.verb import Opt, words
 from diffalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,11 +94,9 @@ class Generate(PromptVerb):
 
     def again(self, case: Case) -> str:
         """The command that makes this one image again."""
-        from diffalign.cli.verb import words
-
         names = SETTLED if self.method == "stock" else SETTLED + STEERS
         settled = {name: getattr(self, name) for name in names}
-        return words("generate", {"prompt": (case.prompt,), "image_seed": case.seed, **settled}, Generate)
+        return words(Generate, {"prompt": (case.prompt,), "image_seed": case.seed, **settled})
 
     def cost(self) -> dict[str, Any]:
         prompts, each = len(self.cases()), self.rows_per_image(self.pipeline_call())
@@ -199,9 +197,7 @@ def _scores(done: Sampled, i: int, rank: int) -> dict[str, Any]:
     found = done.scores[i]
     if found is None:
         return {}
-    valid = bool(found.valid[rank])
-    parts = {name: float(part[rank]) if valid else None for name, part in found.parts.items()}
-    return {"reward": float(found.total[rank]) if valid else None, "parts": parts}
+    return {"reward": float(found.total[rank]) if bool(found.valid[rank]) else None, "parts": found.parts_at(rank)}
 
 
 def _mark(rows: list[dict[str, Any]], passed: list[bool] | None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from diffalign.cli.verb import Opt, Verb
 from diffalign.errors import ConfigError, MediaError
+from diffalign.gallery import rows
 from diffalign.gallery.pictures import IMAGES
 
 if TYPE_CHECKING:
@@ -102,12 +103,11 @@ def _from_results(place: Path) -> list[tuple[Path, Case]]:
     from diffalign.cases import Case
 
     pairs = []
-    for number, line in enumerate((place / "results.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+    for where, row in rows.read_lines(place / "results.jsonl", "Make the run again."):
         try:
-            row = json.loads(line)
             pairs.append((place / row["file"], Case(prompt=row["prompt"], seed=int(row.get("seed", 0)))))
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
-            raise ConfigError(f"{place}/results.jsonl:{number} has no 'file' and 'prompt': {line[:80]}") from e
+        except (KeyError, TypeError) as e:
+            raise ConfigError(f"{where} has no 'file' and 'prompt': {json.dumps(row)[:80]}") from e
     return pairs
 
 

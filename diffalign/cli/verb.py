@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin
@@ -49,22 +49,21 @@ class Verb:
         return 0
 
 
-def words(name: str, settings: Mapping[str, Any], verb: type[Verb]) -> str:
-    """The command line of a verb with these settings; what is at its default is left out."""
+def words(verb: type[Verb], settings: Mapping[str, Any], placed: Sequence[str] = ()) -> str:
+    """The command line of a verb with plain words and settings; what is at its default is left out."""
     import shlex
 
     defaults = {f.name: f.default for f in dataclasses.fields(verb)}
-    told = ["diffalign", *name.split()]
-    placed = []
+    told, dotted = ["diffalign", verb.NAME, *placed], []
     for key, value in settings.items():
         if value in (None, (), {}) or value == defaults.get(key):
             continue
         if isinstance(value, Mapping):
-            placed += [f"{key}.{part}={json.dumps(each)}" for part, each in value.items()]
+            dotted += [f"{key}.{part}={json.dumps(each)}" for part, each in value.items()]
             continue
         for each in value if isinstance(value, list | tuple) else [value]:
             told += [f"--{key.replace('_', '-')}", str(each)]
-    return shlex.join(told + placed)
+    return shlex.join(told + dotted)
 
 
 def add(app: typer.Typer, verb: type[Verb]) -> None:
@@ -158,7 +157,7 @@ def _execute(verb: type[Verb], asked: dict[str, Any], words: list[str], shared: 
 
     settings = _settings(verb, asked, words, shared["config"])
     if shared["dry_run"]:
-        result: Any = {"dry_run": True, "config": json.loads(_json_of(settings)), "cost": settings.cost()}
+        result: Any = {"dry_run": True, "config": as_json(settings), "cost": settings.cost()}
         print(config.dump(settings) + "".join(f"# {key}: {value}\n" for key, value in settings.cost().items()), end="")
     else:
         if shared["json_file"]:
@@ -221,5 +220,7 @@ def shipped_configs() -> list[Path]:
         return sorted(folder.rglob("*.yaml"))
 
 
-def _json_of(settings: Verb) -> str:
-    return json.dumps(dataclasses.asdict(settings), default=str)
+def as_json(settings: Verb) -> dict[str, Any]:
+    """All settings as JSON has them."""
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    return found

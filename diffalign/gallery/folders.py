@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffalign.errors import ConfigError
-from diffalign.gallery import training
+from diffalign.gallery import rows, training
 from diffalign.gallery.pictures import IMAGES, VIDEOS
 from diffalign.gallery.sides import Item, Picture, Role, Side, numbered
 
+AGAIN = "Make the run again."
 NAMES = ("prompts.jsonl", "prompts.txt")  # beside plain pictures: their prompts, in the order of the names
 
 
@@ -25,19 +24,18 @@ def read_side(path: Path) -> Side:
     if (path / "results.jsonl").exists():
         return _run(path)
     if training.is_training(path):
-        metrics = path / "metrics.jsonl"
-        return training.read_training(path, _run, _lines(metrics) if metrics.exists() else [])
+        return training.read_training(path, _run)
     return _pictures(path)
 
 
 def _run(path: Path) -> Side:
     """A run folder: the best image of each prompt."""
-    rows = [row for row in _lines(path / "results.jsonl") if row.get("rank", 0) == 0]
-    card, summary = read_json(path / "card.json"), read_json(path / "summary.json")
-    method = _mapping((card or {}).get("method"))
+    best = [row for _, row in rows.read_lines(path / "results.jsonl", AGAIN) if row.get("rank", 0) == 0]
+    card, summary = rows.read_object(path / "card.json"), rows.read_object(path / "summary.json")
+    method = rows.mapping((card or {}).get("method"))
     steered = method.get("name", "stock") != "stock"
-    keys = numbered([str(row.get("prompt", "")) for row in rows])
-    items = [_row_item(path, key, row, _total_name(card)) for key, row in zip(keys, rows, strict=True)]
+    keys = numbered([str(row.get("prompt", "")) for row in best])
+    items = [_row_item(path, key, row, _total_name(card)) for key, row in zip(keys, best, strict=True)]
     cost = {
         name: value
         for name in ("nfe", "seconds", "decodes", "reward_calls")
@@ -48,22 +46,22 @@ def _run(path: Path) -> Side:
         items=items,
         card=card,
         cost=cost,
-        diversity=_number((summary or {}).get("diversity")),
+        diversity=rows.number((summary or {}).get("diversity")),
         roles=_roles(items, _total_name(card), steered),
     )
 
 
 def _total_name(card: Mapping[str, Any] | None) -> str:
     """What the reward that was asked for is called."""
-    return " + ".join(map(str, _mapping((card or {}).get("rewards")))) or "reward"
+    return " + ".join(map(str, rows.mapping((card or {}).get("rewards")))) or "reward"
 
 
 def _row_item(path: Path, key: str, row: Mapping[str, Any], total: str) -> Item:
-    scores = {str(name): _number(value) for name, value in _mapping(row.get("parts")).items()}
+    scores = {str(name): rows.number(value) for name, value in rows.mapping(row.get("parts")).items()}
     if "reward" in row:
-        scores = {total: _number(row["reward"]), **scores}
+        scores = {total: rows.number(row["reward"]), **scores}
     if "truth" in row:
-        scores["truth"] = _number(row["truth"])
+        scores["truth"] = rows.number(row["truth"])
     return Item(
         key=key,
         prompt=str(row.get("prompt", "")),
@@ -71,19 +69,19 @@ def _row_item(path: Path, key: str, row: Mapping[str, Any], total: str) -> Item:
         missing="the run names no file",
         seed=seed if isinstance(seed := row.get("seed"), int) and seed >= 0 else None,
         scores=scores,
-        tags=tuple(map(str, _listed(row.get("tags")))),
-        command=_text(row.get("command")),
+        tags=tuple(map(str, rows.listed(row.get("tags")))),
+        command=rows.text(row.get("command")),
         inputs=_inputs(path, row.get("inputs")),
-        instruction=_text(row.get("instruction")),
-        steps={str(name): _listed(values) for name, values in _mapping(row.get("steps")).items()} or None,
-        checks=[check for check in _listed(row.get("checks")) if isinstance(check, dict)],
+        instruction=rows.text(row.get("instruction")),
+        steps={str(name): rows.listed(values) for name, values in rows.mapping(row.get("steps")).items()} or None,
+        checks=[check for check in rows.listed(row.get("checks")) if isinstance(check, dict)],
         candidates=candidates if isinstance(candidates := row.get("candidates"), int) else None,
     )
 
 
 def _inputs(path: Path, named: Any) -> dict[str, Picture]:
     """The pictures a prompt came with: source, control, reference."""
-    found = {str(name): _inside(path, file) for name, file in _mapping(named).items()}
+    found = {str(name): _inside(path, file) for name, file in rows.mapping(named).items()}
     return {name: file for name, file in found.items() if file is not None}
 
 
@@ -108,7 +106,7 @@ def _pictures(path: Path) -> Side:
     for k, file in enumerate(files):
         prompt = asked[k] if asked else _beside(file)
         items.append(Item(key=file.stem, prompt=prompt, picture=file))
-    return Side(name=path.resolve().name, items=items, card=read_json(path / "card.json"))
+    return Side(name=path.resolve().name, items=items, card=rows.read_object(path / "card.json"))
 
 
 def _prompts(path: Path, count: int) -> list[str] | None:
@@ -143,49 +141,3 @@ def _inside(folder: Path, name: Any) -> Path | None:
     if "\0" in name or not file.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"'{folder}' names the file {name!r}, which is not inside it. Do not trust this run.")
     return file
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, parse_constant=lambda _: None)  # NaN is no number
-        except json.JSONDecodeError as e:
-            raise ConfigError(f"{file}:{number} is not JSON ({e}). Make the run again.") from e
-        if not isinstance(row, dict):
-            raise ConfigError(f"{file}:{number} is not an object. Make the run again.")
-        rows.append(row)
-    return rows
-
-
-def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is none."""
-    if not file.exists():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=lambda _: None)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"'{file}' cannot be read ({e}). Make the run again.") from e
-    return found if isinstance(found, dict) else None
-
-
-def _number(value: Any) -> float | None:
-    """A finite number; whole ones of hundreds of digits are none."""
-    try:
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else []
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None

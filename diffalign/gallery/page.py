@@ -42,11 +42,11 @@ def put(manifest: Mapping[str, Any], folder: Path) -> None:
         manifests.require_inside(path)
     require_ours(folder)
     text = json.dumps(manifest, ensure_ascii=False, allow_nan=False)
+    atomic.write_text(folder / "manifest.json", f"{text}\n")  # first: it says that the folder is ours
+    atomic.write_text(folder / "manifest.js", f"window.DIFFALIGN_MANIFEST = {_as_script(text)};\n")
+    atomic.write_text(folder / "README.md", _space(manifest))
     for name, content in code().items():
         atomic.write_bytes(folder / name, content)
-    atomic.write_text(folder / "README.md", _space(manifest))
-    atomic.write_text(folder / "manifest.json", f"{text}\n")
-    atomic.write_text(folder / "manifest.js", f"window.DIFFALIGN_MANIFEST = {_as_script(text)};\n")
 
 
 def require_ours(folder: Path) -> None:

@@ -91,8 +91,10 @@ def _plain(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I") or image.mode == "F":  # whole numbers of 16 bits, or shares of white
         values = np.asarray(image, dtype=np.float64)
-        white = 1.0 if image.mode == "F" and values.max(initial=0.0) <= 1 else 255.0 if image.mode == "F" else 65535.0
-        return Image.fromarray((values / white).clip(0, 1).__mul__(255).round().astype(np.uint8)).convert("RGB")
+        white = 65535.0
+        if image.mode == "F":
+            white = 1.0 if values.max(initial=0.0) <= 1 else 255.0
+        return Image.fromarray((255 * (values / white).clip(0, 1)).round().astype(np.uint8)).convert("RGB")
     clear = image.mode in ("LA", "PA", "La") or "transparency" in image.info
     return image.convert("RGBA" if clear else "RGB")
 

@@ -28,7 +28,8 @@ def side_of(
             prompt=case.prompt,
             picture=done.pixels[i][0],
             seed=done.seeds[i][0],
-            scores=_scores(done, i) | ({} if truth is None else {"truth": float(truth[i])}),
+            scores=(score.parts_at(0) if (score := done.scores[i]) else {})
+            | ({} if truth is None else {"truth": float(truth[i])}),
             tags=(str(case.metadata["tag"]),) if case.metadata.get("tag") else (),
             command=commands[i] if commands else None,
         )
@@ -42,8 +43,5 @@ def side_of(
 
 
 def _scores(done: Sampled, i: int) -> dict[str, float | None]:
-    found = done.scores[i]
-    if found is None:
-        return {}
-    valid = bool(found.valid[0])
-    return {name: float(part[0]) if valid else None for name, part in found.parts.items()}
+    score = done.scores[i]
+    return {} if score is None else score.parts_at(0)

@@ -47,10 +47,9 @@ def side_of(name: str, output: Any, prompts: Sequence[str]) -> Side:
 def _told(report: Any, i: int) -> dict[str, Any]:
     """Seed, scores and step rewards of the best image of prompt i."""
     best = int(report.best[i][0])
-    valid = bool(report.scores.valid[i][best])
     told: dict[str, Any] = {
         "seed": report.seeds[i][best],
-        "scores": {name: float(part[i][best]) if valid else None for name, part in report.scores.parts.items()},
+        "scores": report.scores.parts_at((i, best)),
         "candidates": int(report.scores.total[i].isfinite().sum()),
     }
     return told | {"steps": dense_steps(report, i)}

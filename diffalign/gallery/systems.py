@@ -10,27 +10,22 @@ from typing import Any
 
 from diffalign import atomic
 from diffalign.errors import ConfigError
-from diffalign.gallery.folders import read_json, read_side
+from diffalign.gallery import rows
+from diffalign.gallery.folders import read_side
 from diffalign.gallery.sides import Side
 
 DONE = "settings.json"  # what a finished run was made with
 
 
-def run_all(
-    systems: Mapping[str, Mapping[str, Any]],
-    out: Path,
-    run: Callable[[Mapping[str, Any], Path], None],
-    asked: Mapping[str, Any],
-) -> list[Side]:
-    """The sides of all systems; `run(settings, folder)` makes what `out`/runs does not hold with these settings."""
+def run_all(made: Mapping[str, Any], out: Path, run: Callable[[str, Path], None]) -> list[Side]:
+    """The sides of all systems; `run(name, folder)` makes those that `out`/runs does not hold as `made` says."""
     found = []
-    for name, settings in systems.items():
-        folder = out / "runs" / folder_name(name, list(systems))
-        made = {"settings": settings, "asked": asked[name]}
-        if read_json(folder / DONE) != made:
+    for name, how in made.items():
+        folder = out / "runs" / folder_name(name, list(made))
+        if rows.read_object(folder / DONE) != how:
             (folder / DONE).unlink(missing_ok=True)
-            run(settings, folder)
-            atomic.write_json(folder / DONE, made)
+            run(name, folder)
+            atomic.write_json(folder / DONE, how)
         found.append(replace(read_side(folder), name=name))
     return found
 

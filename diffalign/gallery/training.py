@@ -6,7 +6,6 @@ each a run folder of the same prompts.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.errors import ConfigError
+from diffalign.gallery import rows
 from diffalign.gallery.sides import Item, Picture, Side
 
 CURVES = ("proxy", "truth", "heldout", "diversity")
@@ -23,7 +23,7 @@ def is_training(path: Path) -> bool:
     return (path / "samples").is_dir() or (path / "metrics.jsonl").exists()
 
 
-def read_training(path: Path, read_run: Callable[[Path], Side], lines: Sequence[Mapping[str, Any]]) -> Side:
+def read_training(path: Path, read_run: Callable[[Path], Side]) -> Side:
     """The side a training run shows: its last samples, with the earlier ones to scrub through."""
     steps = sorted((int(found[1]), folder) for folder in (path / "samples").glob("step-*") if (found := _step(folder)))
     if not steps:
@@ -36,7 +36,8 @@ def read_training(path: Path, read_run: Callable[[Path], Side], lines: Sequence[
             if item.picture is not None:
                 over.setdefault(item.key, []).append((step, item.picture))
     items: list[Item] = [replace(item, samples=over.get(item.key, [])) for item in last.items]
-    name = path.resolve().name
+    name, metrics = path.resolve().name, path / "metrics.jsonl"
+    lines = [row for _, row in rows.read_lines(metrics, "Train on from a checkpoint.")] if metrics.exists() else []
     return replace(last, name=name, items=items, curves=[curve for curve in [_curve(name, lines)] if curve])
 
 
@@ -48,11 +49,8 @@ def _curve(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | No
     """What the metrics say of the reward that trains and of those that watch, over steps."""
     series = []
     for what in CURVES:
-        points = [(row["step"], row[what]) for row in lines if _number(row.get("step")) and _number(row.get(what))]
-        if points:
-            series.append({"name": what, "x": [x for x, _ in points], "y": [y for _, y in points]})
+        points = [(rows.number(row.get("step")), rows.number(row.get(what))) for row in lines]
+        known = [(x, y) for x, y in points if x is not None and y is not None]
+        if known:
+            series.append({"name": what, "x": [x for x, _ in known], "y": [y for _, y in known]})
     return {"name": name, "x": "step", "y": "reward", "series": series} if series else None
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from diffalign.errors import ConfigError
-from diffalign.gallery import compare
+from diffalign.gallery import compare, rows
 from diffalign.intervals import bootstrap
 
 FORMAT, VERSION = "diffalign-votes", 1
@@ -46,11 +45,7 @@ class Vote:
 
 def read(file: Path) -> list[Vote]:
     """The votes of a file that a page exported or a merge wrote."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"cannot read votes from '{file}': {e}. Give the JSONL files that a gallery exported.") from e
-    return [_vote(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [_vote(row, where) for where, row in rows.read_lines(file, "Give the JSONL files that a gallery exported.")]
 
 
 def merged(files: Sequence[Sequence[Vote]]) -> list[Vote]:
@@ -133,12 +128,8 @@ def _gap(shots: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None], name:
     return None if x is None or y is None else float(y) - float(x)
 
 
-def _vote(line: str, where: str) -> Vote:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ConfigError(f"{where} is not JSON ({e}). Export the votes again.") from e
-    if not isinstance(row, dict) or row.get("format") != FORMAT:
+def _vote(row: Mapping[str, Any], where: str) -> Vote:
+    if row.get("format") != FORMAT:
         raise ConfigError(f"{where} is not a vote. Give the JSONL files that a gallery exported.")
     if not isinstance(row.get("version"), int) or row["version"] > VERSION:
         raise ConfigError(f"{where} has version {row.get('version')!r}, and this diffalign reads up to {VERSION}.")

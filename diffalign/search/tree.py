@@ -80,7 +80,7 @@ def grow(
     prices = _prices(chain, config, value)
     tree = _planted(chain, judge, config, tree, noise, prices[0])
     for nodes in tree.cases:
-        nodes.trust, nodes.soft = config.value_weight if value else 0.0, config.mode == "sample"
+        nodes.trust, nodes.soft = config.value_weight if value is not None else 0.0, config.mode == "sample"
         nodes.stall = nodes.stall if nodes.stall < config.patience else 0
         _weigh(nodes, config)
     like = chain.first(chain.seeds[:1], [0])
@@ -101,15 +101,15 @@ def grow(
 def _prices(chain: Chain, config: TreeConfig, value: Value | None) -> Prices:
     prices = [(0, 1)]
     for i in reversed(range(chain.length)):
-        nfe, scored = value.cost(i) if _asks(config, value, i) and value else (0, 0)
+        nfe, scored = value.cost(i) if value is not None and _judged(config, i) else (0, 0)
         prices.insert(0, (prices[0][0] + chain.costs[i] + nfe, prices[0][1] + scored))
     return prices
 
 
-def _asks(config: TreeConfig, value: Value | None, i: int) -> bool:
-    """Whether nodes of level i are judged: only where that decides between siblings."""
-    chosen = not config.fixed and config.branches(i) and (not config.value_levels or i in config.value_levels)
-    return value is not None and config.value_weight > 0 and chosen
+def _judged(config: TreeConfig, i: int) -> bool:
+    """Whether a value is asked about nodes of level i: only where that decides between siblings."""
+    asked = config.value_weight > 0 and (not config.value_levels or i in config.value_levels)
+    return asked and not config.fixed and config.branches(i)
 
 
 def _planted(
@@ -248,7 +248,7 @@ def _walk(
         aims = _kept(prediction) if tree.free[i + 1] and config.branches(i + 1) else blank
         latents = _kept(x) if i == 0 or aims is not blank else blank  # a start is kept for who goes on from it
         opinions = [math.nan] * len(live)
-        if value is not None and _asks(config, value, i):
+        if value is not None and _judged(config, i):
             opinions = value(x, prediction, i, rows, seeds).tolist()
         for k, latent, aim, opinion in zip(live, latents, aims, opinions, strict=True):
             tracks[k].append(Stop(latent, aim, opinion))

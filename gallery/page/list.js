@@ -50,12 +50,8 @@
       G.pair ? G.delta(G.gain(entry, reward.name), reward.decimals) : null);
   }
 
-  const letter = (text) => (G.pair ? G.el("span", { class: "letter", "aria-hidden": "true" }, text) : null);
-
-  function shotBox(entry, system, name) {
-    const alt = `${name}${G.systems[system].name}`;
-    return G.el("span", { class: "shot" }, G.thumb(entry.shots[system], alt), letter(name.slice(0, 1)));
-  }
+  const shot = (entry, system, letter) =>
+    G.shotBox(entry, system, letter, `${letter && `${letter}, `}${G.systems[system].name}`);
 
   function build(place) {
     const entry = shown[place];
@@ -63,7 +59,7 @@
     const about = [entry.seed === null || entry.seed === undefined ? null : `seed ${entry.seed}`, ...entry.tags].filter(Boolean);
     return G.el("li", { class: "card", "aria-setsize": shown.length, "aria-posinset": place + 1, "data-entry": entry.id },
       G.el("div", { class: "duo" },
-        G.pair ? [shotBox(entry, a, "A, "), shotBox(entry, b, "B, ")] : shotBox(entry, a, "")),
+        G.pair ? [shot(entry, a, "A"), shot(entry, b, "B")] : shot(entry, a, "")),
       G.el("h3", {}, G.el("a", { href: G.link({ entry: entry.id }), dir: "auto" }, G.cut(entry.prompt, 300) || "(no prompt)")),
       G.el("ul", { class: "scores" }, G.rewards.slice(0, REWARDS).map((reward) => scoreRow(entry, reward))),
       G.el("p", { class: "tags soft" }, about.join(" \u00b7 ")));

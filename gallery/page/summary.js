@@ -47,9 +47,8 @@
     const diverse = G.systems.some((system) => G.isNumber(system.diversity));
     const head = ["System", ...G.rewards.map(named), ...(diverse ? ["Diversity"] : []), ...costs.map((cost) => `${cost} per prompt`)];
     if (head.length === 1) return null;
-    const letter = (i) => (!G.pair ? "" : i === G.state.a ? "A \u00b7 " : i === G.state.b ? "B \u00b7 " : "");
     const rows = G.systems.map((system, i) => [
-      letter(i) + system.name,
+      G.titled(i),
       ...G.rewards.map((reward) => meanCell(i, reward)),
       ...(diverse ? [G.amount(system.diversity)] : []),
       ...costs.map((cost) => G.amount((system.cost || {})[cost])),
@@ -59,10 +58,8 @@
 
   function reelItem(entry) {
     const { a, b, reward } = G.state;
-    const shot = (i, letter) => G.el("span", { class: "shot" }, G.thumb(entry.shots[i], ""),
-      G.el("span", { class: "letter", "aria-hidden": "true" }, letter));
     return G.el("li", {}, G.el("a", { href: G.link({ entry: entry.id, mode: "side" }) },
-      G.el("span", { class: "duo" }, shot(a, "A"), shot(b, "B")),
+      G.el("span", { class: "duo" }, G.shotBox(entry, a, "A", ""), G.shotBox(entry, b, "B", "")),
       G.delta(G.gain(entry, reward), G.reward(reward).decimals),
       G.el("span", { class: "strip-prompt", dir: "auto" }, G.cut(entry.prompt, 160) || "(no prompt)")));
   }

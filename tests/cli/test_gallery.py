@@ -141,3 +141,11 @@ def test_an_older_gallery_gets_the_page_of_this_version(tmp_path: Path):
     assert (out / "index.html").read_bytes() == page.code()["index.html"]
     assert (out / "manifest.json").read_bytes() == before
     assert (tmp_path / "sheet.png").exists()
+
+
+def test_the_command_of_a_page_can_be_typed_again(tmp_path: Path):
+    (tmp_path / "my pictures").mkdir()
+    picture().save(tmp_path / "my pictures" / "x.png")
+    words = ["gallery", str(tmp_path / "my pictures"), "--title", "it's mine"]
+    assert main([*words, "--out", str(tmp_path / "page")]) == 0
+    assert shlex.split(manifest.read(tmp_path / "page")["command"]) == ["diffalign", *words]

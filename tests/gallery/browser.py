@@ -18,7 +18,7 @@ import diffalign
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = shutil.which("chromium")
 PAGE = Path(diffalign.__file__).parent / "gallery" / "page"
 ROLES = {"shapes": "truth", "clip": "proxy", "taste": "heldout"}
 TAGS = ("counting", "colour", "position")

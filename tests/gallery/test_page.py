@@ -18,7 +18,7 @@ from . import browser
 
 NEEDED = "the gallery's page is tested in a browser: apt-get install chromium, pip install playwright"
 pytest.importorskip("playwright.sync_api", reason=NEEDED)
-if not browser.CHROMIUM.exists():
+if browser.CHROMIUM is None:
     pytest.skip(NEEDED, allow_module_level=True)
 
 from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
@@ -31,7 +31,7 @@ Visit = Callable[..., Page]
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     with sync_playwright() as play:
-        running = play.chromium.launch(executable_path=str(browser.CHROMIUM), args=["--no-sandbox"])
+        running = play.chromium.launch(executable_path=browser.CHROMIUM, args=["--no-sandbox"])
         yield running
         running.close()
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffalign import atomic
 from diffalign.errors import ConfigError, OutputError
 from diffalign.gallery import manifest, page, witnesses
 from diffalign.gallery.folders import read_side
@@ -28,8 +29,13 @@ HOSTILE = [
     "x" * 10_000,
 ]
 OUTSIDE = [
+    "/elsewhere/x.png",
+    "media/../../x.png",
+    "a\\b.png",
+    "C:/x.png",
+    "media/x.html",
     "../x.png",
-    "/etc/passwd",
+    "/elsewhere/x",
     "media/../../x",
     "https://x.y/z.png",
     "//x/y.png",
@@ -311,6 +317,22 @@ def test_a_folder_of_somebody_elses_page_is_left_alone(tmp_path: Path):
     with pytest.raises(OutputError, match="not a gallery's"):
         written(tmp_path, side("a", ["x"], [0.1]))
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_page_that_was_cut_short_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = atomic.write_bytes
+
+    def breaking(path: Path, content: bytes) -> Path:
+        if path.name == "index.html":
+            raise KeyboardInterrupt
+        return real(path, content)
+
+    monkeypatch.setattr(atomic, "write_bytes", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path, side("a", ["x"], [0.1]))
+    monkeypatch.undo()
+    written(tmp_path, side("a", ["x"], [0.1]))
+    assert (tmp_path / "index.html").exists()
 
 
 def test_scores_say_nothing_about_who_a_page_is_and_rounding_wins_nothing(tmp_path: Path):

@@ -48,6 +48,12 @@
     return most < 10 ? 3 : most < 100 ? 2 : most < 1000 ? 1 : 0;
   }
 
+  /** A system's name behind the letter of its side. */
+  G.titled = (i) => {
+    const letter = !G.pair ? "" : i === G.state.a ? "A \u00b7 " : i === G.state.b ? "B \u00b7 " : "";
+    return letter + G.systems[i].name;
+  };
+
   G.reward = (name) => G.rewards.find((reward) => reward.name === name);
 
   G.score = (entry, system, name) => {

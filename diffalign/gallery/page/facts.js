@@ -3,8 +3,7 @@
 {
   const G = window.Gallery;
 
-  const letter = (i) => (!G.pair ? "" : i === G.state.a ? "A \u00b7 " : i === G.state.b ? "B \u00b7 " : "");
-  const title = (i) => letter(i) + G.systems[i].name;
+  const title = G.titled;
   const part = (heading, ...children) => G.el("section", {}, G.el("h3", {}, heading), children);
 
   /** The prompt in full, however long; also used while voting. */

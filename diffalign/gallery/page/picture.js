@@ -52,6 +52,11 @@
       G.el("span", { class: "badge" }, G.count(media.frames || 1, "frame")));
   };
 
+  /** A thumbnail with the letter of its side, if it has one. */
+  G.shotBox = (entry, system, letter, alt) =>
+    G.el("span", { class: "shot" }, G.thumb(entry.shots[system], alt),
+      letter ? G.el("span", { class: "letter", "aria-hidden": "true" }, letter) : null);
+
   function filmSurface(media, alt) {
     const node = G.el("canvas", { role: "img", "aria-label": alt });
     const strip = new Image();
