@@ -33,7 +33,7 @@ class ScoringJudge(Judge):
         self.parts: list[list[dict[str, float]]] = [[] for _ in chain.seeds]
         self.broken = [0 for _ in chain.seeds]  # images with NaN or infinite pixels
         self._scored: list[Score] = []  # since the last record, previews among them
-        count = len(getattr(reward, "rewards", [reward]))
+        count = len(scoring.leaves(reward))
         super().__init__(chain, self._score, rewards=count, **options)
 
     def record(

@@ -34,6 +34,11 @@ class Card:
     hub: str | None = None  # id of the default weights
     revision: str | None = None  # commit of those weights
     memory: str = "none"  # device memory at the default settings
+    cost: str = "none to speak of"  # what one image costs, in forward passes or seconds
+    typical: tuple[float, float] | None = None  # what photographs and good generations get; never a limit
+    misses: str = ""  # what it does not see, and how it is gamed
+    proof: str = "exact"  # how far its values are tested: exact, golden, layout (names and shapes of the weights only)
+    reads_prompt: bool = False  # whether the score depends on the prompt
     requires: tuple[str, ...] = ()  # modules beyond the core dependencies
     extra: str | None = None  # the pip extra that brings them
     no_gradient: str = ""  # why there is none, as a clause
@@ -53,6 +58,11 @@ class RewardInfo:
     hub: str | None = None
     revision: str | None = None
     memory: str = ""
+    cost: str = ""
+    typical: tuple[float, float] | None = None
+    misses: str = ""
+    proof: str = ""
+    reads_prompt: bool = False
     extra: str | None = None
     missing: tuple[str, ...] = ()  # modules it needs that are not installed here
     source: str = "diffalign"  # the distribution it comes from, or "this process"
@@ -223,6 +233,11 @@ def _from_card(name: str, card: Card) -> RewardInfo:
         hub=card.hub,
         revision=card.revision,
         memory=card.memory,
+        cost=card.cost,
+        typical=card.typical,
+        misses=card.misses,
+        proof=card.proof,
+        reads_prompt=card.reads_prompt,
         extra=card.extra,
         missing=missing,
     )

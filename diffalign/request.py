@@ -57,7 +57,7 @@ class Request:
         """Refuse a reward that reads prompts (it says so by `reads_prompt`) when only embeddings were given."""
         if self.arguments.get("prompt") is not None or any(case.prompt for case in self.cases):
             return
-        for part in getattr(reward, "rewards", [reward]):
+        for part in getattr(reward, "leaves", [reward]):
             if getattr(part, "reads_prompt", False):
                 raise ConfigError(
                     f"reward '{part.name}' reads the prompt, but the call gives embeddings only. Pass prompt= instead, "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,134 +12,23 @@ from torch import Tensor
 from diffalign import registry
 from diffalign.cases import Case
 from diffalign.errors import ConfigError, InvalidReward, NotDifferentiable
+from diffalign.reward_kinds import Ask, Composite, FunctionReward, Reward, Score, WeightedReward, leaves
 from diffalign.score_cache import ScoreCache, keys_of
 
-__all__ = ["Reward", "Score", "ScoreCache", "WeightedReward", "make_reward", "require_gradient", "score"]
-
-
-@runtime_checkable
-class Reward(Protocol):
-    """Media (B, 3, H, W) or (B, F, 3, H, W) in [0, 1] -> (B,) float32, higher is better; NaN marks a row as invalid."""
-
-    name: str
-    differentiable: bool
-    modality: str  # "image", "video" or "edit"
-    version: str | None  # None: never cached
-    range: tuple[float, float] | None
-
-    def __call__(self, media: Tensor, cases: Sequence[Case]) -> Tensor | Score: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """What a reward says about B rows; an invalid row has a NaN total and stays out of every mean."""
-
-    total: Tensor  # (B,) float32
-    parts: dict[str, Tensor] = field(default_factory=dict)  # each (B,) float32
-    valid: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))  # (B,) bool
-
-    def __post_init__(self) -> None:
-        total = self.total.float()
-        given = self.valid if len(self.valid) == len(total) else torch.ones_like(total, dtype=torch.bool)
-        valid = given.to(total.device) & ~total.isnan()
-        object.__setattr__(self, "total", torch.where(valid, total, torch.nan))
-        object.__setattr__(self, "valid", valid)
-        object.__setattr__(self, "parts", {k: v.float() for k, v in self.parts.items()})
-
-    @classmethod
-    def of(cls, found: Tensor | Score, name: str) -> Score:
-        """A reward's answer as a Score; a bare tensor is its own only part."""
-        return found if isinstance(found, Score) else cls(total=found, parts={name: found})
-
-    @classmethod
-    def concat(cls, scores: Sequence[Score]) -> Score:
-        """Rows of several scores in order; a part that one of them lacks is NaN there."""
-        names = dict.fromkeys(name for s in scores for name in s.parts)
-        place = scores[0].total.device  # a reward may answer from another device than the one it was asked on
-
-        def joined(columns: Iterable[Tensor]) -> Tensor:
-            return torch.cat([column.to(place) for column in columns])
-
-        parts = {n: joined(s.parts.get(n, torch.full_like(s.total, torch.nan)) for s in scores) for n in names}
-        return cls(joined(s.total for s in scores), parts, joined(s.valid for s in scores))
-
-    def select(self, index: Any) -> Score:
-        """The rows at `index`, which is whatever indexes a tensor: numbers, a slice, a mask."""
-        return Score(self.total[index], {k: v[index] for k, v in self.parts.items()}, self.valid[index])
-
-    def parts_at(self, index: Any) -> dict[str, float | None]:
-        """The parts of one row as plain numbers, None where it is invalid."""
-        valid = bool(self.valid[index])
-        return {name: float(part[index]) if valid else None for name, part in self.parts.items()}
-
-    def spread(self, mask: Tensor) -> Score:
-        """These rows where `mask` (B,) is true, in order, and invalid rows elsewhere."""
-
-        def wide(values: Tensor) -> Tensor:
-            return values.new_full(mask.shape, torch.nan).index_put((mask.to(values.device),), values)
-
-        total = wide(self.total)
-        return Score(total, {k: wide(v) for k, v in self.parts.items()}, ~total.isnan())
-
-    def __len__(self) -> int:
-        return len(self.total)
-
-
-class WeightedReward:
-    """The sum of weight times reward; a weight of 0 shows a part without letting it count."""
-
-    version: str | None = None  # each part is cached by itself
-
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
-        self.rewards, self.weights = list(rewards), [float(w) for w in weights]
-        names = [reward.name for reward in self.rewards]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ConfigError(
-                f"two rewards are called '{twice[0]}', so their parts would mix. "
-                f"Give one another name: {{alias: {{reward: {twice[0]}}}}}."
-            )
-        modalities = sorted({reward.modality for reward in self.rewards})
-        if "video" in modalities and len(modalities) > 1:
-            raise ConfigError(f"rewards for {' and '.join(modalities)} cannot be added up: {', '.join(names)}.")
-        self.modality = "edit" if "edit" in modalities else modalities[0]
-        self.name = " + ".join(n if w == 1 else f"{w:g} {n}" for n, w in zip(names, self.weights, strict=True))
-        self.differentiable = all(reward.differentiable for reward in self.rewards)
-        self.range = self._range()
-
-    def __call__(self, media: Tensor, cases: Sequence[Case]) -> Score:
-        return self.combine([_rate(reward, media, cases, None) for reward in self.rewards])
-
-    def combine(self, scores: Sequence[Score]) -> Score:
-        """One score from one per reward, each part visible under its reward's name."""
-        total, valid = torch.zeros_like(scores[0].total), torch.ones_like(scores[0].valid)
-        parts: dict[str, Tensor] = {}
-        for reward, weight, found in zip(self.rewards, self.weights, scores, strict=True):
-            if weight != 0:
-                total, valid = total + weight * found.total.to(total.device), valid & found.valid.to(valid.device)
-            parts[reward.name] = found.total
-            parts |= {f"{reward.name}/{k}": v for k, v in found.parts.items() if k != reward.name}
-        return Score(total, parts, valid)
-
-    def _range(self) -> tuple[float, float] | None:
-        counted = [(r.range, w) for r, w in zip(self.rewards, self.weights, strict=True) if w != 0]
-        ends = [sorted((r[0] * w, r[1] * w)) for r, w in counted if r is not None]
-        return (sum(e[0] for e in ends), sum(e[1] for e in ends)) if len(ends) == len(counted) else None
-
-
-class FunctionReward:
-    """A plain callable `(media, cases) -> (B,)` seen as a reward."""
-
-    def __init__(self, function: Any, options: Mapping[str, Any]) -> None:
-        self.function, self.options = function, dict(options)
-        self.name: str = str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
-        self.differentiable = bool(getattr(function, "differentiable", False))
-        self.modality: str = getattr(function, "modality", "image")
-        self.version: str | None = getattr(function, "version", None)
-        self.range: tuple[float, float] | None = getattr(function, "range", None)
-
-    def __call__(self, media: Tensor, cases: Sequence[Case]) -> Tensor | Score:
-        found: Tensor | Score = self.function(media, cases, **self.options)
-        return found
+__all__ = [
+    "Ask",
+    "Composite",
+    "FunctionReward",
+    "Reward",
+    "Score",
+    "ScoreCache",
+    "WeightedReward",
+    "leaves",
+    "make_reward",
+    "rate",
+    "require_gradient",
+    "score",
+]
 
 
 def score(
@@ -155,7 +44,7 @@ def score(
     _check_input(reward, media, cases, chunk)
     size = chunk or max(len(cases), 1)
     starts = range(0, len(cases), size)
-    found = Score.concat([_rate(reward, media[k : k + size], cases[k : k + size], cache) for k in starts])
+    found = Score.concat([rate(reward, media[k : k + size], cases[k : k + size], cache) for k in starts])
     if not all_invalid and not found.valid.any():
         raise InvalidReward(
             f"reward '{reward.name}' is NaN for all {len(cases)} rows, so there is nothing to choose from; "
@@ -177,7 +66,7 @@ def require_gradient(reward: Reward, who: str) -> None:
     """Refuse a reward without a gradient, in the name of `who` needs one."""
     if reward.differentiable:
         return
-    lacking = [r for r in getattr(reward, "rewards", [reward]) if not r.differentiable]
+    lacking = [r for r in leaves(reward) if not r.differentiable] or [reward]
     card = registry.cards().get(lacking[0].name)
     why = getattr(lacking[0], "no_gradient", None) or (card.no_gradient if card else "")
     raise NotDifferentiable(
@@ -196,10 +85,10 @@ def make_reward(spec: Any) -> Reward:
     return WeightedReward([reward for reward, _ in weighted], [weight for _, weight in weighted])
 
 
-def _rate(reward: Reward, media: Tensor, cases: Sequence[Case], cache: ScoreCache | None) -> Score:
+def rate(reward: Reward, media: Tensor, cases: Sequence[Case], cache: ScoreCache | None = None) -> Score:
     """Score rows without judging whether all of them failed: another chunk may hold a valid one."""
-    if isinstance(reward, WeightedReward):
-        return reward.combine([_rate(part, media, cases, cache) for part in reward.rewards])
+    if isinstance(reward, Composite):
+        return _checked(reward, reward.through(media, cases, partial(rate, cache=cache)), cases)
     if media.ndim == 5 and reward.modality == "image":
         return _per_frame(reward, media, cases, cache)
     if cache is None or (media.requires_grad and torch.is_grad_enabled()):
@@ -219,13 +108,17 @@ def _rate(reward: Reward, media: Tensor, cases: Sequence[Case], cache: ScoreCach
 def _per_frame(reward: Reward, media: Tensor, cases: Sequence[Case], cache: ScoreCache | None) -> Score:
     """An image reward judges a video by the mean over its frames; one unreadable frame makes the row invalid."""
     frames = media.shape[1]
-    each = _rate(reward, media.flatten(0, 1), [case for case in cases for _ in range(frames)], cache)
+    each = rate(reward, media.flatten(0, 1), [case for case in cases for _ in range(frames)], cache)
     parts = {name: part.view(-1, frames).mean(1) for name, part in each.parts.items()}
     return Score(each.total.view(-1, frames).mean(1), parts, each.valid.view(-1, frames).all(1))
 
 
 def _ask(reward: Reward, media: Tensor, cases: Sequence[Case]) -> Score:
-    found = reward(media, cases)
+    return _checked(reward, reward(media, cases), cases)
+
+
+def _checked(reward: Reward, found: Tensor | Score, cases: Sequence[Case]) -> Score:
+    """The answer as a Score, or InvalidReward where it breaks the contract."""
     total = found.total if isinstance(found, Score) else found
     if not isinstance(total, Tensor) or total.shape != (len(cases),):
         got = (

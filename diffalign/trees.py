@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffalign import atomic
+from diffalign import atomic, scoring
 from diffalign.errors import ConfigError
 from diffalign.search.forest import Tree
 from diffalign.searching import Session
@@ -50,7 +50,7 @@ def origin_of(session: Session) -> dict[str, str]:
     asked = {
         name: _plain(value) for name, value in sorted(given.items()) if name not in NOT_ASKED and value is not None
     }
-    versions = [str(part.version) for part in getattr(session.reward, "rewards", [session.reward])]
+    versions = [str(part.version) for part in scoring.leaves(session.reward)]
     reward = " ".join([session.reward.name, *versions])
     return asked | {
         "model": _model(session),

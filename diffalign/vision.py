@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,9 +23,17 @@ OVERSHOOT = (
 )
 
 
+Route = Literal["auto", "reference", "tensor"]
+Resize = Callable[[Tensor, tuple[int, int], str], Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """What a tower wants to see, applied to (B, 3, H, W) in [0, 1] with gradients."""
+    """What a tower wants to see, made of (B, 3, H, W) in [0, 1].
+
+    The path "reference" rounds to 8 bits and resizes as the published preprocessing does: reported scores take it.
+    The path "tensor" passes gradients and rounds nothing. "auto" is the first, or the second where a gradient is asked for.
+    """
 
     size: tuple[int, int]
     mean: tuple[float, ...]
@@ -33,37 +41,74 @@ class Preprocess:
     fit: Literal["shortest", "longest", "squash"] = "shortest"  # crop the rest, pad the rest, or ignore the aspect
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     fill: float = 0.0  # of the padding, before normalising
+    path: Route = "auto"
+    published: Literal["pil", "torch"] = "pil"  # what the reference path resizes with
 
     def __call__(self, media: Tensor) -> Tensor:
-        if self.fit == "squash":
-            fitted = resize(media, self.size, self.interpolation)
-        elif self.fit == "longest":
-            fitted = pad_to(resize_long_side(media, self.size, self.interpolation), self.size, self.fill)
+        graded = media.requires_grad and torch.is_grad_enabled()
+        if self.path == "tensor" or (self.path == "auto" and graded):
+            fitted = self._fitted(media, resize)
         else:
-            fitted = centre_crop(resize_short_side(media, self.size, self.interpolation), self.size)
+            fitted = self._fitted(quantise(media), resize_as_pil if self.published == "pil" else resize_freely)
         return normalise(fitted, self.mean, self.std)
+
+    def _fitted(self, media: Tensor, resized: Resize) -> Tensor:
+        if self.fit == "squash":
+            return resized(media, self.size, self.interpolation)
+        if self.fit == "longest":
+            return pad_to(resize_long_side(media, self.size, self.interpolation, resized), self.size, self.fill)
+        return centre_crop(resize_short_side(media, self.size, self.interpolation, resized), self.size)
 
 
 def resize(media: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
     """With antialias, as PIL resizes: (B, C, H, W) -> (B, C, *size)."""
+    resized = resize_freely(media, size, interpolation)
+    return media if resized is media else resized.clamp(-OVERSHOOT, 1 + OVERSHOOT)
+
+
+def resize_freely(media: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+    """As `resize`, but bicubic overshoot stays: what torchvision does to float tensors."""
     if tuple(media.shape[-2:]) == size:
         return media
-    resized = F.interpolate(media, size=size, mode=interpolation, antialias=True, align_corners=False)
-    return resized.clamp(-OVERSHOOT, 1 + OVERSHOOT)
+    return F.interpolate(media, size=size, mode=interpolation, antialias=True, align_corners=False)
 
 
-def resize_short_side(media: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+def resize_as_pil(media: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+    """Through PIL on 8-bit pixels, without a gradient; a picture that is not finite comes back as NaN."""
+    from PIL import Image
+
+    if tuple(media.shape[-2:]) == size:
+        return media
+    method = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
+    resized = to_tensor([picture.resize((size[1], size[0]), method) for picture in to_pil(media)]).to(media.device)
+    sound = media.isfinite().flatten(1).all(1)
+    return resized.where(sound[:, None, None, None], torch.nan)
+
+
+def quantise(media: Tensor) -> Tensor:
+    """The nearest 8-bit level of each value, as a saved picture has it; NaN stays NaN."""
+    return (media.detach().float().clamp(0, 1) * 255).round() / 255
+
+
+def resize_short_side(
+    media: Tensor, size: tuple[int, int], interpolation: str = "bicubic", resized: Resize = resize
+) -> Tensor:
     """The smallest picture of the same aspect that covers `size`."""
-    ratio = max(size[0] / media.shape[-2], size[1] / media.shape[-1])
-    covering = [max(want, int(side * ratio)) for want, side in zip(size, media.shape[-2:], strict=True)]
-    return resize(media, (covering[0], covering[1]), interpolation)
+    height, width = media.shape[-2:]
+    if size[0] * width >= size[1] * height:
+        covering = size[0], max(size[1], width * size[0] // height)
+    else:
+        covering = max(size[0], height * size[1] // width), size[1]
+    return resized(media, covering, interpolation)
 
 
-def resize_long_side(media: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+def resize_long_side(
+    media: Tensor, size: tuple[int, int], interpolation: str = "bicubic", resized: Resize = resize
+) -> Tensor:
     """The largest picture of the same aspect that fits into `size`."""
     ratio = min(size[0] / media.shape[-2], size[1] / media.shape[-1])
     fitting = [min(want, max(1, round(side * ratio))) for want, side in zip(size, media.shape[-2:], strict=True)]
-    return resize(media, (fitting[0], fitting[1]), interpolation)
+    return resized(media, (fitting[0], fitting[1]), interpolation)
 
 
 def centre_crop(media: Tensor, size: tuple[int, int]) -> Tensor:

@@ -74,7 +74,7 @@ class Search:
             self._check_calls()
         cases = self.request.asked_cases(number)
         found = scoring.score(self.reward, pixels, cases, all_invalid=True, **self.score_options)
-        self.budget.charge(reward_calls=len(cases) * len(getattr(self.reward, "rewards", [self.reward])))
+        self.budget.charge(reward_calls=len(cases) * len(scoring.leaves(self.reward)))
         self.scores.append(Score(found.total.cpu(), {k: v.cpu() for k, v in found.parts.items()}, found.valid.cpu()))
         self._keep(number, pixels)
         self._mark()

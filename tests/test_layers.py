@@ -14,7 +14,13 @@ LAYERS = [  # each may import itself and what stands before it
     {"cases", "config", "loading", "registry", "atomic", "vision", "media", "request"},
     {
         "scoring",
+        "reward_kinds",
         "score_cache",
+        "calibration",
+        "detectors",
+        "rules",
+        "weights",
+        "data",
         "intervals",
         "reward_specs",
         "shaping",
@@ -23,6 +29,7 @@ LAYERS = [  # each may import itself and what stands before it
         "transport",
         "judges",
         "clip_tower",
+        "clip_sources",
     },
     {"search", "world"},
     {
@@ -39,14 +46,15 @@ LAYERS = [  # each may import itself and what stands before it
         "attention",
     },
     {"conformance", "recording", "snapshot", "borrowed", "report", "shell", "walk", "zoo"}
-    | {"judging", "searching", "search_shell", "trees", "aligning"},
+    | {"endogenous", "judging", "searching", "search_shell", "trees", "aligning"},
     {"train", "gallery", "bench"},
     {"cli"},
 ]
 ONLY = {  # narrower than their layer
     "search": {"search", "noise", "budget", "config", "errors"},
     "world": {"world", "cases", "errors"},
-    "rewards": {"scoring", "cases", "registry", "errors", "vision", "clip_tower", "judges", "transport", "world"},
+    "rewards": {"scoring", "cases", "registry", "errors", "vision", "clip_tower", "judges", "transport", "world"}
+    | {"calibration", "detectors", "endogenous", "rules", "shaping", "weights"},
     "pipelines": {"shell", "drive", "search", "scoring", "budget", "config", "errors"}
     | {"cases", "media", "noise", "registry", "report", "request", "searching", "search_shell", "trees"},
 }

@@ -31,6 +31,41 @@ def test_preprocessing_is_within_8_bit_rounding_of_the_reference(height: int, wi
     assert levels.abs().max() < 1.6  # PIL rounds after each axis
 
 
+@given(height=sides, width=sides, fit=st.sampled_from(["shortest", "longest", "squash"]))
+def test_the_reference_path_is_the_reference_also_where_bicubic_overshoots(height: int, width: int, fit: str) -> None:
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    image = picture(height, width)
+    reference = image_transform_v2(PreprocessCfg(size=32, mean=MEAN, std=STD, resize_mode=fit), is_train=False)(image)  # type: ignore[arg-type]
+    ours = vision.Preprocess(size=(32, 32), mean=MEAN, std=STD, fit=fit)(vision.to_tensor(image))  # type: ignore[arg-type]
+    assert torch.allclose(ours[0], reference, atol=1e-5)
+
+
+def test_the_path_follows_the_gradient_unless_it_is_named() -> None:
+    media = torch.rand(1, 3, 20, 20) * 0.5 + 0.25
+    made = {
+        path: vision.Preprocess(size=(8, 8), mean=MEAN, std=STD, path=path) for path in ("auto", "reference", "tensor")
+    }  # type: ignore[arg-type]
+    assert torch.equal(made["auto"](media), made["reference"](media))
+    assert not torch.equal(made["auto"](media), made["tensor"](media))
+    graded = media.clone().requires_grad_()
+    assert torch.equal(made["auto"](graded), made["tensor"](media))
+    assert not made["reference"](graded).requires_grad
+    with torch.no_grad():
+        assert torch.equal(made["auto"](graded), made["reference"](media))
+
+
+@pytest.mark.parametrize("path", ["reference", "tensor"])
+def test_a_picture_that_is_not_finite_stays_so_and_leaves_its_neighbours_alone(path: str) -> None:
+    media = torch.rand(3, 3, 20, 20)
+    spoilt = media.clone()
+    spoilt[1, 0, 3, 3] = torch.nan
+    for size in (8, 20):
+        seen = vision.Preprocess(size=(size, size), mean=MEAN, std=STD, path=path)  # type: ignore[arg-type]
+        assert seen(spoilt)[1].isnan().any()
+        assert torch.equal(seen(spoilt)[[0, 2]], seen(media)[[0, 2]])
+
+
 @given(height=st.integers(1, 60), width=st.integers(1, 60), size=st.integers(1, 40))
 def test_every_shape_comes_out_at_the_size_asked_for(height: int, width: int, size: int) -> None:
     media = torch.rand(1, 3, height, width)
