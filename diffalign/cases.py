@@ -34,7 +34,7 @@ def read_cases(path: str | Path, *, seed: int = 0) -> list[Case]:
     """Cases from a text file (a prompt a line) or JSONL (`prompt`, optional `seed`, `metadata`)."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold other separators, such as U+2028
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"cannot read prompts from '{path}': {e}. Give a .txt (one prompt a line) or .jsonl file."
@@ -53,7 +53,7 @@ def _parse(line: str, path: Path, number: int, seed: int) -> Case:
         return Case(prompt=line.strip(), seed=seed)
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:  # bad syntax, a number of thousands of digits, bottomless nesting
         raise ConfigError(
             f"{path}:{number} is not JSON ({e}). Each line of a .jsonl file is one object with a 'prompt'."
         ) from e

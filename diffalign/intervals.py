@@ -9,6 +9,8 @@ from statistics import NormalDist, fmean
 
 from diffalign.errors import ConfigError
 
+PICKS = 2**22  # drawn at once, so that many prompts cost no more memory than few
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -36,8 +38,18 @@ def wilson(passes: int, total: int, *, level: float = 0.95) -> Interval:
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def bootstrap(values: Sequence[float], *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
-    """Percentile interval of the mean of one value per prompt; prompts are resampled, never the samples of a prompt."""
+def bootstrap(
+    values: Sequence[float],
+    *,
+    weights: Sequence[float] | None = None,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile interval of the mean of one value per prompt; prompts are resampled, never the samples of a prompt.
+
+    With weights, such as how many pairs a prompt brings, of the weighted mean.
+    """
     import torch
 
     if not values:
@@ -45,7 +57,12 @@ def bootstrap(values: Sequence[float], *, level: float = 0.95, draws: int = 2000
     if not all(math.isfinite(v) for v in values):
         raise ConfigError("an interval needs finite values; drop the invalid prompts first and report how many")
     data = torch.tensor(values, dtype=torch.float64)  # (P,)
-    picks = torch.randint(len(data), (draws, len(data)), generator=torch.Generator().manual_seed(seed))
-    means = data[picks].mean(dim=1)
-    lo, hi = torch.quantile(means, torch.tensor([0.5 - level / 2, 0.5 + level / 2], dtype=torch.float64)).tolist()
-    return Interval(fmean(values), lo, hi)
+    mass = torch.ones_like(data) if weights is None else torch.tensor(weights, dtype=torch.float64)  # (P,)
+    generator, rows = torch.Generator().manual_seed(seed), max(1, PICKS // len(data))
+    means = []
+    for start in range(0, draws, rows):
+        picks = torch.randint(len(data), (min(rows, draws - start), len(data)), generator=generator)
+        means.append((data * mass)[picks].sum(1) / mass[picks].sum(1))
+    ends = torch.tensor([0.5 - level / 2, 0.5 + level / 2], dtype=torch.float64)
+    lo, hi = torch.quantile(torch.cat(means), ends).tolist()
+    return Interval(fmean(values, weights), lo, hi)

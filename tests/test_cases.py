@@ -27,10 +27,21 @@ def test_a_text_file_is_a_prompt_a_line_with_counting_seeds(tmp_path):
     assert [(c.prompt, c.seed) for c in read_cases(path, seed=5)] == [("red cube", 5), ("blue ball", 6)]
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_a_prompt_ends_at_a_newline_and_at_no_other_separator(tmp_path, mark):
+    prompt = f"a red{mark}cube"
+    (tmp_path / "p.txt").write_text(f"\ufeff{prompt}\r\nblue ball\n", encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [case.prompt for case in read_cases(tmp_path / "p.txt")] == [prompt, "blue ball"]
+    assert [case.prompt for case in read_cases(tmp_path / "p.jsonl")] == [prompt]
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"prompt": "a", "seed": ' + "1" * 5000 + "}", "not JSON"),
         ('{"text": "a"}', "'prompt'"),
         ('{"prompt": 3}', "'prompt'"),
         ('{"prompt": "a", "seed": "three"}', "whole number"),

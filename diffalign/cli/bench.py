@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from diffalign.cli.bench_rewards import Rewards
+from diffalign.cli.bench_said import said
+from diffalign.cli.bench_scores import Mixing, Scoring
 from diffalign.cli.bench_search import Search
 from diffalign.cli.verb import Opt, Verb
 from diffalign.errors import ConfigError
@@ -45,7 +45,7 @@ class Seam(Verb):
         size = seam.SeamBench(
             model_ms=self.model_ms, steps=self.steps, repeats=self.repeats, rollouts=rollouts, seed=self.seed
         )
-        with _said() as on_step:
+        with said() as on_step:
             found = seam.measure(size, on_step=on_step)
         for name, value in found.items():
             print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
@@ -79,7 +79,7 @@ class Pace(Verb):
         from diffalign.bench import pace
 
         size = pace.PaceBench(prompts=self.prompts, repeats=self.repeats, seed=self.seed)
-        with _said() as on_step:
+        with said() as on_step:
             found = pace.measure(size, on_step=on_step)
         for model, ratios in found["lockstep"].items():
             for method, ratio in ratios.items():
@@ -89,13 +89,4 @@ class Pace(Verb):
         return found
 
 
-@contextmanager
-def _said() -> Iterator[Callable[[str], None]]:
-    """A line on the terminal that says what is being timed, with the time so far; it adds nothing while a run lasts."""
-    from tqdm.auto import tqdm
-
-    with tqdm(bar_format="{desc} [{elapsed}]", disable=not sys.stderr.isatty(), leave=False) as bar:
-        yield bar.set_description_str
-
-
-VERBS: tuple[type[Verb], ...] = (Seam, Pace, Search)
+VERBS: tuple[type[Verb], ...] = (Seam, Pace, Search, Rewards, Scoring, Mixing)

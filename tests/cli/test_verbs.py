@@ -14,7 +14,7 @@ from tests.cli.conftest import SMALL
 
 VERBS = [
     ["demo"], ["generate"], ["score"], ["ls"], ["check"], ["zoo", "list"], ["zoo", "show"], ["zoo", "measure"],
-    ["zoo", "build"], ["bench", "seam"],
+    ["zoo", "build"], ["bench", "seam"], ["bench", "rewards"], ["bench", "scoring"], ["bench", "mixing"],
 ]  # fmt: skip
 
 
