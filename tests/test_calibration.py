@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffalign import shaping
+from diffalign.calibration import LEVELS, Table, describe, measure, read_tables, table_of, write_tables
+from diffalign.cases import Case
+from diffalign.errors import ConfigError, InvalidReward
+from diffalign.reward_kinds import WeightedReward
+from diffalign.scoring import Score
+
+BASE = {"model": "tiny", "sampler": {"steps": 20, "guidance": 4.5}}
+
+
+class Light:
+    modality, differentiable, range = "image", True, None
+
+    def __init__(self, name: str = "light", version: str | None = "1", **options: Any) -> None:
+        self.name, self.version, self.options = name, version, options
+
+    def __call__(self, media: Tensor, cases: Sequence[Case]) -> Tensor:
+        return media.mean((1, 2, 3))
+
+
+def table(values: dict[str, list[float]], reward: Light | None = None, base: dict[str, Any] = BASE) -> Table:
+    cases = [Case(prompt=prompt) for prompt, row in values.items() for _ in row]
+    total = torch.tensor([v for row in values.values() for v in row])
+    return measure(reward or Light(), base, cases, Score(total))
+
+
+numbers = st.floats(-1e4, 1e4, width=32)
+tables_of = st.dictionaries(st.text(max_size=5), st.lists(numbers, min_size=1, max_size=6), min_size=1, max_size=4)
+
+
+def test_a_table_holds_each_prompts_references_in_order_and_counts_the_invalid() -> None:
+    found = table({"a": [0.5, math.nan, 0.25], "b": [2.0], "c": [math.nan]})
+    assert found.prompts == {"a": (0.25, 0.5), "b": (2.0,), "c": ()}
+    assert found.invalid == {"a": 1, "c": 1}
+    assert (found.count, found.mean) == (3, pytest.approx(2.75 / 3))
+    assert found.std0 == pytest.approx(pstdev([0.25, 0.5, 2]))
+    assert found.references("a").tolist() == [0.25, 0.5]
+
+
+def test_equal_references_have_no_deviation_at_all() -> None:
+    assert table({"a": [0.1] * 7}).std0 == 0
+
+
+def test_an_unseen_prompt_gets_the_pool_nothing_or_an_error() -> None:
+    found = table({"a": [3.0, 1.0], "b": [2.0], "c": [math.nan]})
+    for prompt in ("z", "c"):
+        assert found.references(prompt).tolist() == [1, 2, 3]
+        assert len(found.references(prompt, "invalid")) == 0
+        with pytest.raises(ConfigError, match=f"no references for the prompt '{prompt}'.*--calibrate"):
+            found.references(prompt, "error")
+    rows = found.rows(["b", "z"])
+    assert torch.equal(rows.nan_to_num(-1), torch.tensor([[2.0, -1, -1], [1, 2, 3]], dtype=torch.float64))
+    assert found.rows([]).shape == (0, 0)
+
+
+@given(st.integers(0, 99), st.integers(LEVELS + 1, 700))
+def test_the_pooled_values_give_nearly_the_cdf_of_all(seed: int, count: int) -> None:
+    values = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    found = table({"a": values.tolist()})
+    assert len(found.pooled) == LEVELS
+    ends = [shaping.calibrate_cdf(values, refs, smoothing=False) for refs in (found.pooled, values)]
+    assert (ends[0] - ends[1]).abs().max() <= 1 / LEVELS
+
+
+@given(tables_of)
+def test_a_table_comes_back_from_its_file_as_it_was(tmp_path_factory: pytest.TempPathFactory, values: Any) -> None:
+    path = tmp_path_factory.mktemp("tables") / "t.json"
+    written = [table(values), table(values, Light("other", version=None, size=[1, 2]))]
+    write_tables(path, written)
+    found = read_tables(path)
+    assert found == written
+    assert [t.hash for t in found] == [t.hash for t in written]
+    assert found[0].mean == pytest.approx(fmean(found[0].values.tolist()))
+
+
+def test_new_prompts_join_the_file_and_a_prompt_measured_again_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    write_tables(path, [table({"a": [1.0, math.nan], "b": [2.0]})])
+    write_tables(path, [table({"a": [5.0], "c": [3.0, math.nan]}), table({"a": [7.0]}, Light("dark"))])
+    first, second = read_tables(path)
+    assert first.prompts == {"a": (5.0,), "b": (2.0,), "c": (3.0,)}
+    assert first.invalid == {"c": 1}
+    assert second.prompts == {"a": (7.0,)}
+
+
+@pytest.mark.parametrize(
+    ("reward", "base", "field"),
+    [
+        (Light(version="2"), BASE, r"reward\.version is \"1\" there and \"2\" here"),
+        (Light(size=3), BASE, r"reward\.options\.size is null there and 3 here"),
+        (Light(), {**BASE, "sampler": {"steps": 30, "guidance": 4.5}}, r"base\.sampler\.steps is 20 there and 30 here"),
+        (Light("another"), {**BASE, "model": "big"}, r"base\.model is \"tiny\" there"),
+    ],
+)
+def test_what_is_not_comparable_is_refused_by_the_name_of_the_field(
+    tmp_path: Path, reward: Light, base: dict[str, Any], field: str
+) -> None:
+    write_tables(tmp_path / "t.json", [table({"a": [1.0]})])
+    before = (tmp_path / "t.json").read_bytes()
+    with pytest.raises(ConfigError, match=field):
+        write_tables(tmp_path / "t.json", [table({"b": [1.0]}, reward, base)])
+    assert (tmp_path / "t.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("old", "new"), [("0.25", "0.26"), ('"tiny"', '"huge"'), ('"a"', '"b"'), ("1.25", "1.5")])
+def test_an_edited_file_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    path = write_tables(tmp_path / "t.json", [table({"a": [0.25, 2.25]})])
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=r"edited or damaged.*hash.*diffalign score RUN"):
+        read_tables(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": 1}', '{"schema": 1, "tables": [{}]}', "\x00", "3"])
+def test_a_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(ConfigError, match="edited or damaged"):
+        read_tables(tmp_path / "t.json")
+
+
+def test_a_missing_file_or_another_schema_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no table of references.*diffalign score RUN .*--calibrate"):
+        read_tables(tmp_path / "t.json")
+    (tmp_path / "t.json").write_text(json.dumps({"schema": 9, "tables": []}))
+    with pytest.raises(ConfigError, match="schema 9"):
+        read_tables(tmp_path / "t.json")
+
+
+def test_references_that_are_all_invalid_or_do_not_fit_are_refused() -> None:
+    with pytest.raises(InvalidReward, match="all 2 reference images"):
+        table({"a": [math.nan, math.nan]})
+    with pytest.raises(ConfigError, match="2 scores for 1 cases"):
+        measure(Light(), BASE, [Case(prompt="a")], Score(torch.zeros(2)))
+
+
+def test_a_table_is_found_under_whatever_name_its_reward_has() -> None:
+    tables = [table({"a": [1.0]}, Light(size=3)), table({"a": [2.0]}, Light("big", size=5))]
+    assert table_of(Light("big", size=5), tables, "t.json") is tables[1]
+    assert table_of(Light("alias", size=3), tables, "t.json") is tables[0]
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (Light(version="2", size=3), r"reward\.version is \"1\" there and \"2\" here"),
+        (Light(size=4), r"reward\.options\.size is 3 there and 4 here"),
+        (Light("absent", version="2"), r"no references of reward 'absent' \(it has: light\)"),
+    ],
+)
+def test_a_reward_without_its_table_gets_the_command_that_makes_it(reward: Light, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as e:
+        table_of(reward, [table({"a": [1.0]}, Light(size=3))], "t.json")
+    assert f"diffalign score RUN --reward {reward.name} --calibrate t.json" in str(e.value)
+
+
+def test_a_reward_made_of_others_is_described_by_its_parts() -> None:
+    both = [
+        WeightedReward([Light("a"), Light("b", version=v)], [1.0, w]) for v, w in (("1", 2.0), ("2", 2.0), ("1", 3.0))
+    ]
+    described = [json.dumps(describe(reward)) for reward in both]
+    assert len(set(described)) == 3
+    assert describe(both[0])["parts"][1]["version"] == "1"
+
+
+def test_a_base_is_kept_as_plain_values() -> None:
+    found = table({"a": [1.0]}, base={"model": Path("m"), "call": {"size": (64, 64), "eta": math.inf}})
+    assert found.base == {"model": "m", "call": {"size": [64, 64], "eta": "inf"}}
