@@ -7,8 +7,10 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 import sqlite3
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,23 @@ _TABLE = (
 )
 
 
-class ScoreCache:
-    """Scores by the hash of everything they depend on; a file it cannot read is set aside and replaced."""
+_AT_ONCE = 500  # keys in one query; SQLite allows 999 of them everywhere
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+
+class ScoreCache:
+    """Scores by the hash of everything they depend on; a file it cannot read is set aside and replaced.
+
+    It counts, by reward, the rows that were asked and those it answered. Without a path it counts and keeps nothing.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.keeps = path is not None
+        self.path = Path(path or os.devnull)
+        self.asked: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
+        self._held: tuple[Tensor, int, list[str]] | None = None
+        if not self.keeps:
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -39,20 +53,47 @@ class ScoreCache:
                 f"cannot make the folder of the score cache '{self.path}': {e}. Give another path."
             ) from e
 
+    def hold(self, media: Tensor) -> None:
+        """Hash these pixels (B, ...) once for all rewards that are asked about them next."""
+        if self.keeps:
+            self._held = media, media._version, pixels_of(media)
+
+    def keys(self, reward: Any, media: Tensor, cases: Sequence[Case]) -> list[str | None]:
+        """One key per row; pixels that are held, and were not written to since, are not hashed again."""
+        if not self.keeps:
+            return [None] * len(cases)
+        pixels = None
+        if self._held is not None:
+            held, version, known = self._held
+            same = (held.data_ptr(), held.shape, held.stride(), held.dtype, held.device)
+            asked = (media.data_ptr(), media.shape, media.stride(), media.dtype, media.device)
+            pixels = known if same == asked and held._version == version else None
+        return keys_of(reward, media, cases, pixels)
+
     def lookup(self, keys: Sequence[str | None]) -> list[Row | None]:
         """The stored row of each key; None where there is none, or where the key is None."""
-        with self._open() as db:
-            return [self._read(db, key) if key else None for key in keys]
-        return [None] * len(keys)  # the file was replaced under the read
+        wanted, found = list(dict.fromkeys(key for key in keys if key)), dict[str, Row]()
+        if wanted and self.keeps:
+            with self._open() as db:
+                for start in range(0, len(wanted), _AT_ONCE):
+                    found |= _read(db, wanted[start : start + _AT_ONCE])
+        return [found.get(key) if key else None for key in keys]
+
+    def count(self, name: str, asked: int, answered: int) -> None:
+        """Note how many rows the reward `name` was asked for, and how many were known."""
+        self.asked[name] += asked
+        self.answered[name] += answered
 
     def store(self, keys: Sequence[str | None], rows: Sequence[Row]) -> None:
         """Keep rows in one transaction; rows without a key and invalid rows are left out."""
         found = [(k, t, json.dumps(p)) for k, (t, p) in zip(keys, rows, strict=True) if k and np.isfinite(t)]
-        if found:
+        if found and self.keeps:
             with self._open() as db, db:
                 db.executemany("INSERT OR REPLACE INTO scores_1 VALUES (?, ?, ?)", found)
 
     def __len__(self) -> int:
+        if not self.keeps:
+            return 0
         with self._open() as db:
             return int(db.execute("SELECT count(*) FROM scores_1").fetchone()[0])
         return 0
@@ -87,12 +128,6 @@ class ScoreCache:
             self._set_aside(e, inode)
         return self._connect()
 
-    def _read(self, db: sqlite3.Connection, key: str) -> Row | None:
-        found = db.execute("SELECT total, parts FROM scores_1 WHERE key = ?", (key,)).fetchone()
-        with contextlib.suppress(TypeError, ValueError):  # a row with damaged content counts as absent
-            return (float(found[0]), {str(name): float(part) for name, part in json.loads(found[1]).items()})
-        return None
-
     def _inode(self) -> int | None:
         return self.path.stat().st_ino if self.path.exists() else None
 
@@ -115,13 +150,28 @@ class ScoreCache:
         )
 
 
-def keys_of(reward: Any, media: Tensor, cases: Sequence[Case]) -> list[str | None]:
-    """One key per row (B,), None where the row must not be cached."""
+def _read(db: sqlite3.Connection, keys: Sequence[str]) -> dict[str, Row]:
+    """The rows of those keys that are there; one with damaged content counts as absent."""
+    marks = ", ".join("?" * len(keys))
+    found: dict[str, Row] = {}
+    for key, total, parts in db.execute(f"SELECT key, total, parts FROM scores_1 WHERE key IN ({marks})", keys):
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            found[key] = float(total), {str(name): float(part) for name, part in json.loads(parts).items()}
+    return found
+
+
+def keys_of(reward: Any, media: Tensor, cases: Sequence[Case], pixels: Sequence[str] | None = None) -> list[str | None]:
+    """One key per row (B,), None where the row must not be cached; `pixels` are their hashes where those are known."""
     identity = identity_of(reward)
     if identity is None:
         return [None] * len(cases)
-    rows = media.detach().cpu().contiguous()
-    return [_key(identity, row, case) for row, case in zip(rows, cases, strict=True)]
+    hashes = pixels_of(media) if pixels is None else pixels
+    return [_key(identity, row, case) for row, case in zip(hashes, cases, strict=True)]
+
+
+def pixels_of(media: Tensor) -> list[str]:
+    """The hash of each row (B,)."""
+    return [_digest(row) for row in media.detach().cpu().contiguous()]
 
 
 def identity_of(reward: Any) -> str | None:
@@ -154,12 +204,12 @@ def _options(reward: Any) -> Mapping[str, Any] | None:
     return options if isinstance(options, Mapping) else None
 
 
-def _key(identity: str, row: Tensor, case: Case) -> str | None:
+def _key(identity: str, pixels: str, case: Case) -> str | None:
     try:
         asked = _canonical([case.prompt, case.source, case.control, case.reference, case.metadata])
     except TypeError:
         return None
-    return hashlib.sha256(f"{identity}\n{_digest(row)}\n{asked}".encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(f"{identity}\n{pixels}\n{asked}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _canonical(value: Any) -> str:
@@ -186,10 +236,12 @@ def _encode(value: Any) -> Any:
 
 
 def _digest(row: Tensor) -> str:
-    return _hash(
-        row.flatten().view(torch.uint8).numpy().tobytes() if row.numel() else b"", tuple(row.shape), str(row.dtype)
-    )
+    """Of a contiguous tensor on the CPU, without copying it."""
+    content = row.flatten().view(torch.uint8).numpy() if row.numel() else b""
+    return _hash(content, tuple(row.shape), str(row.dtype))
 
 
-def _hash(content: bytes, shape: Sequence[int], kind: str) -> str:
-    return hashlib.sha256(f"{tuple(shape)} {kind}\n".encode() + content).hexdigest()
+def _hash(content: Any, shape: Sequence[int], kind: str) -> str:
+    digest = hashlib.sha256(f"{tuple(shape)} {kind}\n".encode())
+    digest.update(content)
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ from diffalign import registry
 from diffalign.cases import Case
 from diffalign.errors import ConfigError, InvalidReward, NotDifferentiable
 from diffalign.reward_kinds import Ask, Composite, FunctionReward, Reward, Score, WeightedReward, leaves
-from diffalign.score_cache import ScoreCache, keys_of
+from diffalign.score_cache import ScoreCache
 
 __all__ = [
     "Ask",
@@ -29,6 +29,8 @@ __all__ = [
     "require_gradient",
     "score",
 ]
+
+FAR = 4.0  # decoders overshoot [0, 1] a little; beyond this the pixels are on another scale
 
 
 def score(
@@ -93,7 +95,7 @@ def rate(reward: Reward, media: Tensor, cases: Sequence[Case], cache: ScoreCache
         return _per_frame(reward, media, cases, cache)
     if cache is None or (media.requires_grad and torch.is_grad_enabled()):
         return _ask(reward, media, cases)
-    keys = keys_of(reward, media, cases)
+    keys = cache.keys(reward, media, cases)
     rows = cache.lookup(keys)
     new = [k for k, row in enumerate(rows) if row is None]
     known = [_from_row(row, media) for row in rows if row is not None]
@@ -101,6 +103,7 @@ def rate(reward: Reward, media: Tensor, cases: Sequence[Case], cache: ScoreCache
         asked = _ask(reward, media[new], [cases[k] for k in new])
         cache.store([keys[k] for k in new], _to_rows(asked))
         known.append(asked)
+    cache.count(reward.name, asked=len(new), answered=len(rows) - len(new))
     order = [k for k, row in enumerate(rows) if row is not None] + new
     return Score.concat(known).select(torch.tensor(order).argsort())
 
@@ -114,7 +117,14 @@ def _per_frame(reward: Reward, media: Tensor, cases: Sequence[Case], cache: Scor
 
 
 def _ask(reward: Reward, media: Tensor, cases: Sequence[Case]) -> Score:
-    return _checked(reward, reward(media, cases), cases)
+    """What the reward says of the rows whose pixels are all finite; the others are invalid whatever it would say."""
+    sound = media.detach().isfinite().flatten(1).all(1)  # (B,)
+    if bool(sound.all()):
+        return _checked(reward, reward(media, cases), cases)
+    if not bool(sound.any()):
+        return Score(torch.full((len(cases),), torch.nan, device=media.device))
+    rows = [case for case, fine in zip(cases, sound.tolist(), strict=True) if fine]
+    return _checked(reward, reward(media[sound], rows), rows).spread(sound)
 
 
 def _checked(reward: Reward, found: Tensor | Score, cases: Sequence[Case]) -> Score:
@@ -156,6 +166,17 @@ def _check_input(reward: Reward, media: Tensor, cases: Iterable[Case], chunk: in
     if media.ndim not in (4, 5) or media.shape[-3] != 3:
         raise ConfigError(
             f"media has shape {tuple(media.shape)}; rewards take (B, 3, H, W) or (B, F, 3, H, W) with values in [0, 1]."
+        )
+    if 0 in media.shape[1:]:
+        raise ConfigError(f"media has shape {tuple(media.shape)}, so its pictures have no pixels.")
+    if not media.is_floating_point():
+        raise ConfigError(
+            f"media has dtype {media.dtype}; rewards take floats in [0, 1]. Divide 8-bit levels by 255: media / 255."
+        )
+    if media.numel() and float(media.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()) > FAR:
+        raise ConfigError(
+            f"media has values up to {float(media.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()):g}; rewards take "
+            "[0, 1]. Divide 8-bit levels by 255."
         )
     if len(media) != len(cases) or not cases:
         raise ConfigError(

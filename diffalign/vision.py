@@ -32,7 +32,7 @@ class Preprocess:
     """What a tower wants to see, made of (B, 3, H, W) in [0, 1].
 
     The path "reference" rounds to 8 bits and resizes as the published preprocessing does: reported scores take it.
-    The path "tensor" passes gradients and rounds nothing. "auto" is the first, or the second where a gradient is asked for.
+    The path "tensor" passes gradients and rounds nothing. "auto" is the first, or the second for a gradient.
     """
 
     size: tuple[int, int]
@@ -57,7 +57,7 @@ class Preprocess:
             return resized(media, self.size, self.interpolation)
         if self.fit == "longest":
             return pad_to(resize_long_side(media, self.size, self.interpolation, resized), self.size, self.fill)
-        return centre_crop(resize_short_side(media, self.size, self.interpolation, resized), self.size)
+        return centre_crop(resize_short_side(without_ends(media), self.size, self.interpolation, resized), self.size)
 
 
 def resize(media: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
@@ -100,6 +100,16 @@ def resize_short_side(
     else:
         covering = max(size[0], height * size[1] // width), size[1]
     return resized(media, covering, interpolation)
+
+
+def without_ends(media: Tensor, keep: int = 8) -> Tensor:
+    """A very long picture without the ends that no centre crop shows: in whole short sides, so that nothing shifts."""
+    height, width = media.shape[-2:]
+    short = max(1, min(height, width))
+    away = max(0, (max(height, width) // short - keep) // 2) * short
+    if not away:
+        return media
+    return media[..., away:-away, :] if height > width else media[..., away:-away]
 
 
 def resize_long_side(

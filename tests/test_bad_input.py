@@ -141,7 +141,16 @@ def test_an_unreadable_image_is_named(kind: str, fails: Fails, here: Path):  # n
         noise = Image.fromarray((torch.rand(64, 64, 3) * 255).byte().numpy())
         noise.save(here / "whole.png")
         (here / "a.png").write_bytes((here / "whole.png").read_bytes()[:3000])
-    assert "a.png" in fails("score", "a.png", "-p", "red", "-r", "brightness")
+    assert "a.png" in fails("score", "a.png", "-p", "red", "-r", "brightness", "--strict")
+
+
+def test_scores_of_nothing_but_unreadable_images_are_an_error_that_names_one(
+    here: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+):
+    (here / "a.png").write_bytes(b"not an image")
+    assert main(["score", "a.png", "-p", "red", "-r", "brightness"]) == 2
+    assert "a.png" in capsys.readouterr().err
 
 
 def test_an_infinite_reward_is_an_error_not_a_winner(fails: Fails, here: Path, tiny: str):  # noqa: F811

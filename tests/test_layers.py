@@ -17,7 +17,6 @@ LAYERS = [  # each may import itself and what stands before it
         "reward_kinds",
         "score_cache",
         "calibration",
-        "detectors",
         "rules",
         "weights",
         "data",
@@ -30,8 +29,10 @@ LAYERS = [  # each may import itself and what stands before it
         "judges",
         "clip_tower",
         "clip_sources",
+        "qwen_tower",
+        "probes",
     },
-    {"search", "world"},
+    {"search", "world", "detectors", "detector_models"},
     {
         "drive",
         "arguments",
@@ -46,7 +47,7 @@ LAYERS = [  # each may import itself and what stands before it
         "attention",
     },
     {"conformance", "recording", "snapshot", "borrowed", "report", "shell", "walk", "zoo"}
-    | {"endogenous", "judging", "searching", "search_shell", "trees", "aligning"},
+    | {"clean_latents", "endogenous", "judging", "searching", "search_shell", "trees", "aligning"},
     {"train", "gallery", "bench"},
     {"cli"},
 ]
@@ -54,7 +55,7 @@ ONLY = {  # narrower than their layer
     "search": {"search", "noise", "budget", "config", "errors"},
     "world": {"world", "cases", "errors"},
     "rewards": {"scoring", "cases", "registry", "errors", "vision", "clip_tower", "judges", "transport", "world"}
-    | {"calibration", "detectors", "endogenous", "rules", "shaping", "weights"},
+    | {"calibration", "detectors", "endogenous", "probes", "qwen_tower", "rules", "shaping", "weights"},
     "pipelines": {"shell", "drive", "search", "scoring", "budget", "config", "errors"}
     | {"cases", "media", "noise", "registry", "report", "request", "searching", "search_shell", "trees"},
 }

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from diffalign import score_cache
 from diffalign.cases import Case
 from diffalign.errors import OutputError
 from diffalign.score_cache import keys_of
@@ -210,3 +211,43 @@ def test_a_row_with_damaged_content_is_scored_again(cache: ScoreCache) -> None:
     reward = Counting()
     assert torch.equal(score(reward, MEDIA, CASES, cache=cache).total, fresh.total)
     assert reward.rows == 4
+
+
+def test_rows_asked_and_rows_answered_are_counted_by_reward(cache: ScoreCache) -> None:
+    score(Counting(), MEDIA[:3], CASES[:3], cache=cache)
+    assert (cache.asked["counting"], cache.answered["counting"]) == (3, 0)
+    score(make_reward([Counting(), "brightness"]), MEDIA, CASES, cache=cache)
+    assert (cache.asked["counting"], cache.answered["counting"]) == (4, 3)
+    assert (cache.asked["brightness"], cache.answered["brightness"]) == (4, 0)
+
+
+def test_without_a_path_rows_are_counted_and_not_kept() -> None:
+    cache, reward = ScoreCache(None), Counting()
+    for _ in range(2):
+        assert torch.equal(score(reward, MEDIA, CASES, cache=cache).total, MEDIA.mean((1, 2, 3)))
+    assert (reward.rows, cache.asked["counting"], cache.answered["counting"], len(cache)) == (8, 8, 0, 0)
+
+
+def test_many_keys_are_looked_up_at_once_in_their_order(cache: ScoreCache) -> None:
+    keys = [f"k{k}" for k in range(1300)]
+    cache.store(keys[::2], [(float(k), {"p": k / 2}) for k in range(0, 1300, 2)])
+    found = cache.lookup([*keys, None, "k2"])
+    assert found[0::2][:650] == [(float(k), {"p": k / 2}) for k in range(0, 1300, 2)]
+    assert found[1:1300:2] == [None] * 650
+    assert found[-2:] == [None, (2.0, {"p": 1.0})]
+
+
+def test_pixels_that_are_held_are_hashed_once_and_again_after_a_write(
+    cache: ScoreCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media, hashed = MEDIA.clone(), []
+    digest = score_cache._digest
+    monkeypatch.setattr(score_cache, "_digest", lambda row: hashed.append(row) or digest(row))
+    cache.hold(media)
+    for spec in ("brightness", "colourfulness", Counting()):
+        score(make_reward(spec), media, CASES, cache=cache)
+    assert len(hashed) == 4
+    assert cache.keys(Counting(), media, CASES) == keys_of(Counting(), media, CASES)
+    assert cache.keys(Counting(), media.flip(0), CASES) == keys_of(Counting(), media.flip(0), CASES)
+    media[0] = 0.0
+    assert cache.keys(Counting(), media, CASES) == keys_of(Counting(), media, CASES)

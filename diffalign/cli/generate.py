@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -183,7 +184,9 @@ def _about(done: Sampled, i: int, rank: int) -> dict[str, Any]:
     from diffalign.bench.sample import dense_steps
 
     told: dict[str, Any] = {}
-    if tag := done.cases[i].metadata.get("tag"):
+    if metadata := dict(done.cases[i].metadata):  # what verifiable rewards read when the run is scored again
+        told["metadata"] = json.loads(json.dumps(metadata, default=str), parse_constant=lambda _: None)
+    if tag := metadata.get("tag"):
         told["tags"] = [str(tag)]
     if done.reports:
         report, row = done.report_of(i)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+from diffalign.cli import ls_rewards
 from diffalign.cli.verb import Opt, Verb, shipped_configs
+from diffalign.errors import ConfigError
 
 Rows = list[dict[str, Any]]
 
@@ -14,10 +16,13 @@ Rows = list[dict[str, Any]]
 class List(Verb):
     """List rewards, pipelines, models or configs.
 
-    Rewards include those of installed plug-ins (entry points of the group diffalign.rewards).
+    Rewards include those of installed plug-ins (entry points of the group diffalign.rewards). With names after
+    `rewards`, their whole cards: what they see and miss, their options, weights and licence.
 
     \b
     diffalign ls rewards
+    diffalign ls rewards clip shapes
+    diffalign ls rewards --json rewards.json
     diffalign ls pipelines --json pipelines.json
     diffalign ls models
     diffalign ls configs
@@ -28,11 +33,18 @@ class List(Verb):
         Literal["rewards", "pipelines", "models", "configs"],
         Opt("rewards, pipelines, models or configs.", positional=True),
     ]
+    names: Annotated[tuple[str, ...], Opt("Rewards whose whole cards to show.", positional=True)] = ()
+
+    def __post_init__(self) -> None:
+        if self.names and self.what != "rewards":
+            raise ConfigError(f"'{self.names[0]}' has no card: names are for `diffalign ls rewards NAME...`.")
 
     def run(self) -> Rows:
-        listed, notes = {"rewards": _rewards, "pipelines": _pipelines, "models": _models, "configs": _configs}[
-            self.what
-        ]()
+        if self.what == "rewards":
+            listed = ls_rewards.cards(self.names) if self.names else ls_rewards.rows()
+            (ls_rewards.show_cards if self.names else ls_rewards.show)(listed)
+            return listed
+        listed, notes = {"pipelines": _pipelines, "models": _models, "configs": _configs}[self.what]()
         print_table(listed)
         for row, note in zip(listed, notes, strict=False):
             print(f"{row['name']}: {note}")
@@ -59,17 +71,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(f"{v:g}" for v in value)
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _rewards() -> tuple[Rows, list[str]]:
-    from diffalign import registry
-
-    infos = registry.rewards()
-    names = ("name", "modality", "differentiable", "range", "installable")
-    listed = [{name: getattr(info, name) for name in names} for info in infos]
-    for row in listed:
-        row["range"] = list(row["range"]) if row["range"] else None
-    return listed, [info.meaning for info in infos]
 
 
 def _pipelines() -> tuple[Rows, list[str]]:

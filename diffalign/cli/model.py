@@ -95,13 +95,14 @@ class PromptVerb(ModelVerb):
 
     def cases(self) -> list[Case]:
         """What is asked, each case with its seed."""
-        from diffalign.cases import Case, read_cases
+        from diffalign.cases import Case
+        from diffalign.data.prompt_sets import read_prompts
 
         sources = [bool(self.prompt), self.prompts is not None, self.split is not None]
         if sum(sources) != 1:
             raise ConfigError("say what to draw with one of --prompt, --prompts FILE or --split.")
         if self.prompts is not None:
-            cases = read_cases(self.prompts, seed=self.seed)
+            cases = read_prompts(self.prompts, seed=self.seed)
         elif self.split is not None:
             from diffalign import world
 

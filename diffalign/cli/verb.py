@@ -84,9 +84,8 @@ def _command(verb: type[Verb]) -> Any:
 
     about = " ".join(f"{f.name.upper()}: {opt.help}" for f, opt in placed)
     about = f"{about} Then settings by name, such as seed=1.".strip()
-    metavar = " ".join(
-        [*(f"[{f.name.upper()}]{'...' if f.default == () else ''}" for f, _ in placed), "[KEY=VALUE]..."]
-    )
+    many = {f.name for f, hint, opt in options if opt.positional and get_origin(hint) is tuple}
+    metavar = " ".join([*(f"[{f.name.upper()}]{'...' if f.name in many else ''}" for f, _ in placed), "[KEY=VALUE]..."])
     words = Annotated[list[str] | None, typer.Argument(metavar=metavar, help=about)]
     parameters = [*named, *(_shared(*row) for row in _SHARED)]
     parameters.append(inspect.Parameter("words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=words))
@@ -124,7 +123,8 @@ def _parameter(f: dataclasses.Field[Any], hint: Any, opt: Opt) -> inspect.Parame
     """The option of one field; unset is None, so that a config file may speak."""
     kind, metavar = _kind(hint)
     name = f"--{f.name.replace('_', '-')}"
-    flags = [f"{name}/--no-{name[2:]}"] if kind is bool else [name, *([opt.flag] if opt.flag else [])]
+    both = kind is bool and not f.name.startswith("no_")  # --no-cache has no opposite of its own
+    flags = [f"{name}/--no-{name[2:]}"] if both else [name, *([opt.flag] if opt.flag else [])]
     shown = f" [default: {_shown(f.default)}]" if f.default not in (None, (), MISSING) else ""
     about = typer.Option(*flags, help=opt.help + shown, metavar=metavar, show_default=False)
     annotation = Annotated[kind | None, about]  # type: ignore[valid-type]

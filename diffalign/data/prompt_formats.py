@@ -30,6 +30,7 @@ def geneval(path: Path) -> Iterator[Case]:
         if not include:
             raise row.error("includes nothing, so every picture would pass.")
         told = {
+            **{str(name): value for name, value in row.values.items() if _is_plain(value)},
             "tag": row.text("tag"),
             "prompt": row.text("prompt"),
             "include": [_clause(row, clause, before=k) for k, clause in enumerate(include)],

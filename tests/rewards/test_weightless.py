@@ -63,7 +63,7 @@ def test_colourfulness_stays_in_its_range(colours: tuple[float, ...], seed: int)
 
 
 def test_colourfulness_of_two_colours_is_the_formula() -> None:
-    media = torch.cat([plain(1, 0, 0), plain(0, 1, 0)], dim=2)  # rg is +-255, yb is 127.5 everywhere
+    media = torch.cat([plain(1.0, 0.0, 0.0), plain(0.0, 1.0, 0.0)], dim=2)  # rg is +-255, yb is 127.5 everywhere
     expected = 255 + 0.3 * 127.5
     assert float(score(make_reward("colourfulness"), media, cases_of(1)).total) == pytest.approx(expected, rel=1e-4)
 
