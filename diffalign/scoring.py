@@ -117,14 +117,27 @@ def _per_frame(reward: Reward, media: Tensor, cases: Sequence[Case], cache: Scor
 
 
 def _ask(reward: Reward, media: Tensor, cases: Sequence[Case]) -> Score:
-    """What the reward says of the rows whose pixels are all finite; the others are invalid whatever it would say."""
+    """What the reward says of the rows it can read; the others are invalid whatever it would say.
+
+    Unreadable are pixels that are not finite and, where the prompt counts, half characters that no tokenizer takes.
+    """
     sound = media.detach().isfinite().flatten(1).all(1)  # (B,)
+    if getattr(reward, "reads_prompt", False):
+        sound = sound & torch.tensor([_is_text(case.prompt) for case in cases], device=sound.device)
     if bool(sound.all()):
         return _checked(reward, reward(media, cases), cases)
     if not bool(sound.any()):
         return Score(torch.full((len(cases),), torch.nan, device=media.device))
     rows = [case for case, fine in zip(cases, sound.tolist(), strict=True) if fine]
     return _checked(reward, reward(media[sound], rows), rows).spread(sound)
+
+
+def _is_text(prompt: str) -> bool:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # a lone surrogate, as JSON may hold
+        return False
+    return True
 
 
 def _checked(reward: Reward, found: Tensor | Score, cases: Sequence[Case]) -> Score:

@@ -3,21 +3,20 @@
 Alec Radford et al.: "Learning Transferable Visual Models From Natural Language Supervision", 2021 (arXiv 2103.00020).
 The reward is the cosine of the two embeddings, without the model's logit scale.
 
-Where we differ: pictures are resized as tensors (bicubic, antialias), so the gradient passes; on pictures
-without hard edges that is PIL's result within 8-bit rounding.
+Where we differ: where a gradient is asked for, pictures are resized as tensors (bicubic, antialias) and not rounded to
+8 bits; on pictures without hard edges that is the published result within 8-bit rounding. `path` fixes one way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-import torch
 from torch import Tensor
 
 from diffalign.cases import Case
-from diffalign.clip_tower import EMBEDDED, ClipTower
+from diffalign.clip_tower import EMBEDDED, ClipTower, Dtype
 from diffalign.registry import register_reward
+from diffalign.vision import Route
 
 
 @register_reward("clip", differentiable=True, range=(-1.0, 1.0))
@@ -30,15 +29,17 @@ class CLIPReward:
         self,
         model: str = EMBEDDED,
         revision: str | None = None,
-        dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        dtype: Dtype = "float32",
+        path: Route = "auto",
+        checkpointing: bool = False,
     ) -> None:
-        self.options = {"model": model, "revision": revision, "dtype": dtype}
-        self.tower = ClipTower(model, revision=revision, dtype=getattr(torch, dtype))
+        self.options = {"model": model, "revision": revision, "dtype": dtype, "path": path}
+        self.tower = ClipTower(model, revision=revision, dtype=dtype, path=path, checkpointing=checkpointing)
 
     @property
     def version(self) -> str:
         """Our revision of the computation, and which weights it uses."""
-        return f"1 {self.tower.source.version}"
+        return f"2 {self.tower.source.version}"
 
     @property
     def truncated(self) -> int:
@@ -46,5 +47,4 @@ class CLIPReward:
         return self.tower.truncated
 
     def __call__(self, media: Tensor, cases: Sequence[Case]) -> Tensor:
-        texts = self.tower.texts([case.prompt for case in cases], media.device)  # (B, D)
-        return (self.tower.images(media) * texts).sum(-1)  # (B,)
+        return self.tower.cosines(media, [case.prompt for case in cases])  # (B,)

@@ -40,3 +40,15 @@ def test_constant_values_have_no_width():
 def test_no_prompt_is_an_error():
     with pytest.raises(ConfigError, match="at least one prompt"):
         bootstrap([])
+
+
+def test_weights_count_a_prompt_by_what_it_brings():
+    values = [0.0, 1.0, 0.5]
+    assert bootstrap(values, weights=[2.0, 2.0, 2.0]) == bootstrap(values)
+    assert bootstrap(values, weights=[1.0, 3.0, 0.0]).mean == 0.75
+
+
+def test_the_bootstrap_does_not_depend_on_how_many_draws_are_made_at_once(monkeypatch: pytest.MonkeyPatch):
+    whole = bootstrap([0.1, 0.9, 0.4])
+    monkeypatch.setattr("diffalign.intervals.PICKS", 20)
+    assert bootstrap([0.1, 0.9, 0.4]) == whole

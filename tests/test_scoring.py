@@ -217,3 +217,40 @@ def test_a_frozen_dataclass_takes_options_and_an_alias() -> None:
     register_reward("wordy_here")(type("Here", (Wordy,), {"__module__": __name__}))
     made: Any = make_reward({"other": {"reward": "wordy_here", "dark": 1}})
     assert (made.name, made.dark) == ("other", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("media", "says"),
+    [
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"dtype torch.uint8; rewards take floats in \[0, 1\]"),
+        (torch.full((1, 3, 8, 8), 200.0), "values up to 200; rewards take"),
+        (torch.zeros(1, 3, 0, 8), "have no pixels"),
+        (torch.zeros(1, 0, 3, 8, 8), "have no pixels"),
+    ],
+)
+def test_pictures_on_another_scale_or_without_pixels_are_refused(media: torch.Tensor, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        score(make_reward("brightness"), media, [Case(prompt="a")])
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_with_pixels_that_are_not_finite_is_invalid_and_never_shown_to_the_reward(odd: float) -> None:
+    def blind(media: torch.Tensor, cases: list[Case]) -> torch.Tensor:
+        assert media.isfinite().all()
+        assert len(media) == len(cases)
+        return torch.zeros(len(media))
+
+    media = torch.rand(3, 3, 4, 4)
+    media[1, 2, 0, 0] = odd
+    found = score(make_reward(blind), media, [Case(prompt=str(k)) for k in range(3)])
+    assert found.valid.tolist() == [True, False, True]
+    assert found.total[1].isnan()
+    alone = score(make_reward(blind), media[1:2], [Case(prompt="1")], all_invalid=True)
+    assert not alone.valid.any()
+
+
+def test_a_prompt_with_half_a_character_is_invalid_only_where_the_prompt_is_read() -> None:
+    cases = [Case(prompt="two red circles"), Case(prompt="\ud800")]
+    media = torch.rand(2, 3, 64, 64)
+    assert score(make_reward("brightness"), media, cases).valid.all()
+    assert score(make_reward("clip"), media, cases).valid.tolist() == [True, False]

@@ -55,7 +55,7 @@ def test_invalid_scores_are_left_out_and_counted() -> None:
 
 
 def test_a_missing_column_is_named_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="no column 'x' in the scores. It has: prompt, a, b, m, t"):
+    with pytest.raises(ConfigError, match=r"no column 'x' in the scores\. It has: prompt, a, b, m, t"):
         compare(rows(), Columns(first="x", second="b", mixture="m", truth="t"))
     with pytest.raises(ConfigError, match="at least 2 prompts"):
         compare(rows(prompts=1), COLUMNS)

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reward(folder: Path) -> Any:
-    return make_reward({"clip": {"model": str(folder)}})
+    return make_reward({"clip": {"model": str(folder), "path": "tensor"}})
 
 
 def media_of(rows: int, side: int = 40, seed: int = 0) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_the_gradient_reaches_the_pixels_and_matches_a_directional_difference(re
 
 def test_the_weights_get_no_gradient(reward: Any) -> None:
     score(reward, media_of(2).requires_grad_(), cases_of(PROMPTS[:2])).total.sum().backward()
-    weights = list(reward.tower._tower.parameters())
+    weights = list(reward.tower.encoders.module.parameters())
     assert weights
     assert all(w.grad is None and not w.requires_grad for w in weights)
 
