@@ -16,7 +16,8 @@ from diffalign.errors import ConfigError, SeamError
 
 OURS = ("latents", "output_type", "return_dict", "generator")  # what the seam sets itself
 COUNTED = ("prompt", "prompt_embeds", "image", "image_embeds", "image_embeddings", "class_labels")  # one entry per case
-PER_CASE = re.compile(r"prompt|image|embeds|mask|video|labels")  # argument names that hold one entry per case
+# Argument names that hold one entry per case; a system prompt is one text for all.
+PER_CASE = re.compile(r"(?<!system_)prompt|image|embeds|mask|video|labels")
 
 
 def stock_call(pipe: Any) -> Callable[..., Any]:

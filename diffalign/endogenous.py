@@ -82,7 +82,7 @@ class LatentModel:
         if (size, prompts) not in self._drivers:
             scout = self._scout(size)
             call = {k: v for k, v in scout.call.items() if k != "prompt"}
-            made = self._made([*prompts, ""], call)  # never one row: selecting it twice would double its system_prompt
+            made = self._made(list(prompts), call)
             made.learn_from(scout)
             self._drivers = {(size, prompts): made}
         return self._drivers[size, prompts]

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import torch
+
+from diffalign.arguments import take
+
+
+def test_rows_of_a_call_repeat_what_belongs_to_a_case_and_nothing_else() -> None:
+    call = {"prompt": "a", "system_prompt": "be kind", "guidance_scale": 2.0, "prompt_embeds": torch.arange(2.0)[None]}
+    found = take(call, [0, 0], 1)
+    assert found["prompt"] == ["a", "a"]
+    assert found["system_prompt"] == "be kind"
+    assert found["guidance_scale"] == 2.0
+    assert found["prompt_embeds"].shape == (2, 2)
+
+
+def test_all_rows_in_order_are_the_call_itself() -> None:
+    call = {"prompt": ["a", "b"]}
+    assert take(call, [0, 1], 2) == call
+    assert take(call, [1, 0, 1], 2) == {"prompt": ["b", "a", "b"]}
