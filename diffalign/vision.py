@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -80,7 +82,9 @@ def resize_as_pil(media: Tensor, size: tuple[int, int], interpolation: str = "bi
     if tuple(media.shape[-2:]) == size:
         return media
     method = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
-    resized = to_tensor([picture.resize((size[1], size[0]), method) for picture in to_pil(media)]).to(media.device)
+    pictures = to_pil(media)
+    with ThreadPoolExecutor(min(len(pictures), os.cpu_count() or 1)) as pool:  # PIL resizes outside the global lock
+        resized = to_tensor(pool.map(lambda p: p.resize((size[1], size[0]), method), pictures)).to(media.device)
     sound = media.isfinite().flatten(1).all(1)
     return resized.where(sound[:, None, None, None], torch.nan)
 

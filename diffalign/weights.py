@@ -62,7 +62,7 @@ def find(place: str, file: str, revision: str | None = None, *, instead: str = "
 
 
 def require_hub_id(place: str, instead: str = "") -> None:
-    """Refuse what is neither here nor `owner/name`, before the hub is asked for a path of this machine."""
+    """Refuse what is neither here nor `owner/name`, before the hub is asked for a local path."""
     if place.count("/") != 1 or place.startswith((".", "/", "~")) or place.endswith("/"):
         raise ConfigError(f"there is no '{place}' here, and it is not a hub id (owner/name). {instead}".strip())
 

@@ -1,7 +1,8 @@
 """Agreement between picture and prompt in a CLIP model.
 
 Alec Radford et al.: "Learning Transferable Visual Models From Natural Language Supervision", 2021 (arXiv 2103.00020).
-The reward is the cosine of the two embeddings, without the model's logit scale.
+The reward is the cosine of the two embeddings; `scale: logits` multiplies it by exp(logit scale), as the model's own
+logits do (about 100 in released CLIPs).
 
 Where we differ: where a gradient is asked for, pictures are resized as tensors (bicubic, antialias) and not rounded to
 8 bits; on pictures without hard edges that is the published result within 8-bit rounding. `path` fixes one way.
@@ -10,6 +11,7 @@ Where we differ: where a gradient is asked for, pictures are resized as tensors 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -28,12 +30,15 @@ class CLIPReward:
     def __init__(
         self,
         model: str = EMBEDDED,
+        scale: Literal["cosine", "logits"] = "cosine",
         revision: str | None = None,
         dtype: Dtype = "float32",
         path: Route = "auto",
         checkpointing: bool = False,
     ) -> None:
-        self.options = {"model": model, "revision": revision, "dtype": dtype, "path": path}
+        self.scale = scale
+        self.range = (-1.0, 1.0) if scale == "cosine" else None
+        self.options = {"model": model, "scale": scale, "revision": revision, "dtype": dtype, "path": path}
         self.tower = ClipTower(model, revision=revision, dtype=dtype, path=path, checkpointing=checkpointing)
 
     @property
@@ -47,4 +52,5 @@ class CLIPReward:
         return self.tower.truncated
 
     def __call__(self, media: Tensor, cases: Sequence[Case]) -> Tensor:
-        return self.tower.cosines(media, [case.prompt for case in cases])  # (B,)
+        cosine = self.tower.cosines(media, [case.prompt for case in cases])  # (B,)
+        return cosine if self.scale == "cosine" else self.tower.scale * cosine

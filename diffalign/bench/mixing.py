@@ -1,14 +1,15 @@
 """Whether a calibrated mixture picks as well as the best hand-tuned weight of two rewards, by a truth of its own.
 
 Per prompt the best image by `first + w second` is picked for every weight w of a wide grid, and the best by the
-mixture. The tuned weight is judged twice: as the best of the grid on the very prompts it is judged on, which flatters
-it, and chosen on one half of the prompts and judged on the other.
+mixture; and for every two images of which one is better, which one the scores prefer. The tuned weight is judged
+twice: as the best of the grid on the very prompts it is judged on, which flatters it, and chosen on one half of the
+prompts and judged on the other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from diffalign.errors import ConfigError
 from diffalign.intervals import bootstrap
 
 Row = Mapping[str, Any]
+Measure = Callable[[Tensor, Tensor], float]  # scores (K,) and truth (K,) of one prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,32 +38,53 @@ class Columns:
 
 
 def compare(rows: Sequence[Row], columns: Columns, *, points: int = 161) -> dict[str, Any]:
-    """Truth of the picks by either reward alone, by tuned weights, and by the mixture."""
+    """By either reward alone, by tuned weights and by the mixture: the truth of the best, and pairs told apart."""
     groups, dropped = grouped(rows, columns)
     weights = weight_grid(groups, points)
-    picked = torch.stack([_picks(groups, float(w)) for w in weights])  # (W, P)
-    mixture = torch.tensor([float(g[3][g[2].argmax()]) for g in groups])
-    tuned = _tuned_elsewhere(picked)
-    best = int(picked.mean(1).argmax())
-    draw = torch.tensor([float(g[3].mean()) for g in groups])
-    found = {
-        "any image": draw,
-        columns.first: picked[0],
-        columns.second: picked[-1],
-        "best weight, tuned on these prompts": picked[best],
-        "best weight, tuned on the other half": tuned,
-        columns.mixture: mixture,
-        "best image there is": torch.tensor([float(g[3].max()) for g in groups]),
-    }
-    against = {name: bootstrap((mixture - values).tolist()).json() for name, values in found.items()}
+    split = [g for g in groups if g[3].min() < g[3].max()]  # prompts with a better and a worse image
+    if len(split) < 2:
+        raise ConfigError(f"only {len(split)} prompts have images that '{columns.truth}' tells apart; 2 are the least.")
     return {
         "prompts": len(groups),
-        "images": sum(len(g[0]) for g in groups),
+        "prompts_with_pairs": len(split),
+        "images": sum(g.shape[1] for g in groups),
         "dropped": dropped,
-        "best_weight": float(weights[best]),
         "scales": {columns.first: _spread(groups, 0), columns.second: _spread(groups, 1)},
+        "best": _measured(groups, weights, columns, truth_of_best),
+        "pairs": _measured(split, weights, columns, pairs_right),
+    }
+
+
+def truth_of_best(scores: Tensor, truth: Tensor) -> float:
+    """The truth of the image with the highest score (K,)."""
+    return float(truth[scores.argmax()])
+
+
+def pairs_right(scores: Tensor, truth: Tensor) -> float:
+    """The share of pairs of different truth in which the better image has the higher score; a tie is half."""
+    better = truth[:, None] > truth  # (K, K)
+    found: Tensor = (scores[:, None] > scores).double() + 0.5 * (scores[:, None] == scores)
+    return float(found[better].mean())
+
+
+def _measured(groups: Sequence[Tensor], weights: Tensor, columns: Columns, measure: Measure) -> dict[str, Any]:
+    """Mean and interval over prompts for everything that can pick, and the mixture's gain over each."""
+    judged = torch.tensor([[measure(_sum(g, float(w)), g[3]) for g in groups] for w in weights])  # (W, P)
+    mixture = torch.tensor([measure(g[2], g[3]) for g in groups])
+    best = int(judged.mean(1).argmax())
+    found = {
+        "chance": torch.tensor([float(g[3].mean()) if measure is truth_of_best else 0.5 for g in groups]),
+        columns.first: judged[0],
+        columns.second: judged[-1],
+        "best weight, tuned on these prompts": judged[best],
+        "best weight, tuned on the other half": _tuned_elsewhere(judged),
+        columns.mixture: mixture,
+    }
+    gains = {name: bootstrap((mixture - values).tolist()).json() for name, values in found.items()}
+    return {
         "truth": {name: bootstrap(values.tolist()).json() for name, values in found.items()},
-        "mixture_minus": {name: gain for name, gain in against.items() if name != columns.mixture},
+        "mixture_minus": {name: gain for name, gain in gains.items() if name != columns.mixture},
+        "best_weight": float(weights[best]),
     }
 
 
@@ -90,17 +113,15 @@ def weight_grid(groups: Sequence[Tensor], points: int) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.float64), inner, torch.tensor([math.inf], dtype=torch.float64)])
 
 
-def _picks(groups: Sequence[Tensor], weight: float) -> Tensor:
-    """The truth (P,) of the image with the highest weighted sum of each prompt."""
-    sums = (g[1] if math.isinf(weight) else g[0] + weight * g[1] for g in groups)
-    return torch.tensor([float(g[3][s.argmax()]) for g, s in zip(groups, sums, strict=True)])
+def _sum(group: Tensor, weight: float) -> Tensor:
+    return group[1] if math.isinf(weight) else group[0] + weight * group[1]
 
 
-def _tuned_elsewhere(picked: Tensor) -> Tensor:
+def _tuned_elsewhere(judged_by: Tensor) -> Tensor:
     """Every prompt judged by the weight that was best on the half it is not in; halves are even and odd prompts."""
-    judged = torch.empty_like(picked[0])
+    judged = torch.empty_like(judged_by[0])
     for half in (0, 1):
-        judged[half::2] = picked[picked[:, 1 - half :: 2].mean(1).argmax(), half::2]
+        judged[half::2] = judged_by[judged_by[:, 1 - half :: 2].mean(1).argmax(), half::2]
     return judged
 
 

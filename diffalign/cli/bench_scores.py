@@ -50,10 +50,11 @@ class Mixing(Verb):
     """Does a calibrated mixture pick as well as the best hand-tuned weight? Judged by a column that is the truth.
 
     SCORES is scores.jsonl of `diffalign score`, with several images a prompt and a column for each name given here. Per
-    prompt the best image by `first + w second` is picked for 163 weights, and the best by the mixture.
+    prompt the best image by `first + w second` is picked for 163 weights, and the best by the mixture; and of every two
+    images of which one is better, it is counted which one is preferred.
 
     \b
-    diffalign score RUN --config mix --reward shapes --out out/mix
+    diffalign score RUN --config mix.yaml --out out/mix
     diffalign bench mixing out/mix/scores.jsonl --first mixture/clip --second mixture/likelihood_ratio --truth shapes
     """
 
@@ -74,14 +75,15 @@ class Mixing(Verb):
         columns = Columns(first=self.first, second=self.second, mixture=self.mixture, truth=self.truth)
         rows = [row for _, row in read_lines(Path(self.scores), "Score the images again.")]
         found = compare(rows, columns)
-        lines = []
-        for name, told in found["truth"].items():
-            gain = found["mixture_minus"].get(name)
-            lines.append({"picked by": name, "truth": _shown(told), "mixture minus": _shown(gain) if gain else "-"})
-        print_table(lines)
+        for title, what in (("truth of the image picked", "best"), ("pairs told apart", "pairs")):
+            lines, told = [], found[what]
+            for name, interval in told["truth"].items():
+                gain = told["mixture_minus"].get(name)
+                lines.append({"by": name, title: _shown(interval), "mixture minus": _shown(gain) if gain else "-"})
+            print_table(lines)
         first, second = found["scales"].values()
         print(f"{found['prompts']} prompts, {found['images']} images, {found['dropped']} left out as invalid")
-        print(f"spread within a prompt: {first:.3g} and {second:.3g}; best weight {found['best_weight']:.3g}")
+        print(f"spread within a prompt: {first:.3g} and {second:.3g}")
         return found
 
 

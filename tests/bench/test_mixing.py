@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffalign.bench.mixing import Columns, compare, grouped
+from diffalign.bench.mixing import Columns, compare, grouped, pairs_right, truth_of_best
 from diffalign.errors import ConfigError
 
 COLUMNS = Columns(first="a", second="b", mixture="m", truth="t")
@@ -31,19 +31,29 @@ def rows(prompts: int = 40, images: int = 6, scale: float = 100.0, seed: int = 0
 
 def test_the_ends_of_the_grid_are_the_rewards_alone_and_the_right_weight_is_found() -> None:
     found = compare(rows(300), COLUMNS)
-    truth = {name: told["mean"] for name, told in found["truth"].items()}
-    assert truth["any image"] < min(truth["a"], truth["b"]) < truth["m"]
+    pairs = {name: told["mean"] for name, told in found["pairs"]["truth"].items()}
+    assert pairs["chance"] == 0.5
+    assert 0.5 < min(pairs["a"], pairs["b"]) < pairs["m"] < 1
+    truth = {name: told["mean"] for name, told in found["best"]["truth"].items()}
+    assert truth["chance"] < min(truth["a"], truth["b"]) < truth["m"]
     assert truth["best weight, tuned on these prompts"] >= max(truth["a"], truth["b"], truth["m"])
     assert truth["best weight, tuned on the other half"] <= truth["best weight, tuned on these prompts"]
-    assert found["best_weight"] == pytest.approx(0.01, rel=2)
+    assert found["best"]["best_weight"] == pytest.approx(0.01, rel=2)
     assert found["scales"]["b"] == pytest.approx(100 * found["scales"]["a"], rel=0.1)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_the_scale_of_a_reward_changes_nothing(scale: float) -> None:
-    told = [compare(rows(scale=s), COLUMNS)["truth"] for s in (1.0, scale)]
+    told = [compare(rows(scale=s), COLUMNS)["pairs"]["truth"] for s in (1.0, scale)]
     for name, interval in told[0].items():
         assert told[1][name]["mean"] == pytest.approx(interval["mean"], abs=0.051), name
+
+
+def test_pairs_and_picks_are_counted_by_hand() -> None:
+    scores, truth = torch.tensor([0.1, 0.5, 0.5, 0.9]), torch.tensor([0.0, 1.0, 0.0, 0.0])
+    assert truth_of_best(scores, truth) == 0
+    assert pairs_right(scores, truth) == pytest.approx((1 + 0.5 + 0) / 3)
+    assert pairs_right(truth, truth) == 1
 
 
 def test_invalid_scores_are_left_out_and_counted() -> None:

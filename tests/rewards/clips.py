@@ -22,6 +22,7 @@ OPEN_CLIP = {
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 TINY_H = "tiny-H"  # an architecture that open_clip knows after `know_tiny_h`
+NAMES = ["clip", "clip_hf", "vlm_rm", "aesthetic", "pickscore", "hpsv2"]  # of the specs of `spec`
 PROMPTS = ["two red circles", "a blue square", "", "a green triangle above a red circle"]
 
 
@@ -106,3 +107,28 @@ def aesthetic_head(file: Path, seed: int = 0) -> Path:
         state[f"layers.{place}.bias"] = torch.randn(give, generator=generator)
     torch.save(state, file)
     return file
+
+
+def every_place(folder: Path) -> dict[str, Path]:
+    """What `spec` reads."""
+    know_tiny_h(folder / "architectures")
+    return {
+        "open_clip": open_clip_folder(folder / "open_clip"),
+        "transformers": transformers_folder(folder / "transformers"),
+        "wide": transformers_folder(folder / "wide", dimensions=768),
+        "hps": hps_folder(folder / "hps"),
+        "head": aesthetic_head(folder / "sac+logos+ava1-l14-linearMSE.pth"),
+    }
+
+
+def spec(name: str, places: dict[str, Path], **options: Any) -> dict[str, Any]:
+    """One reward at a tiny size, as a user writes it."""
+    own: dict[str, Any] = {
+        "clip": {"model": str(places["open_clip"])},
+        "clip_hf": {"reward": "clip", "model": str(places["transformers"])},
+        "vlm_rm": {"model": str(places["open_clip"]), "baseline": ["a picture", "a photo of {prompt}"]},
+        "aesthetic": {"model": str(places["wide"]), "head": str(places["head"])},
+        "pickscore": {"model": str(places["transformers"])},
+        "hpsv2": {"model": str(places["hps"]), "architecture": TINY_H},
+    }[name]
+    return {name: {**own, **options}}

@@ -89,6 +89,14 @@ def test_the_gradient_reaches_the_pixels_and_matches_a_directional_difference(re
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient.norm()), rel=5e-2)
 
 
+def test_logits_are_the_cosine_times_the_models_own_scale(folder: Path, reward: Any) -> None:
+    logits: Any = make_reward({"clip": {"model": str(folder), "scale": "logits", "path": "tensor"}})
+    cosines = score(reward, media_of(4), cases_of(PROMPTS)).total
+    found = score(logits, media_of(4), cases_of(PROMPTS)).total
+    assert torch.allclose(found, logits.tower.encoders.module.logit_scale.exp() * cosines, rtol=1e-5)
+    assert (reward.range, logits.range) == ((-1.0, 1.0), None)
+
+
 def test_the_weights_get_no_gradient(reward: Any) -> None:
     score(reward, media_of(2).requires_grad_(), cases_of(PROMPTS[:2])).total.sum().backward()
     weights = list(reward.tower.encoders.module.parameters())

@@ -18,26 +18,15 @@ from torch import Tensor
 
 from diffalign.errors import DiffalignError
 from diffalign.scoring import Reward, ScoreCache, make_reward, score
-from diffalign.vision import to_pil
 from tests.rewards import clips
-from tests.rewards.clips import PROMPTS, cases_of, media_of
+from tests.rewards.clips import NAMES, PROMPTS, cases_of, media_of, spec
 
-NAMES = ["clip", "clip_hf", "vlm_rm", "aesthetic", "pickscore", "hpsv2"]
 READING = [name for name in NAMES if name != "aesthetic"]
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("clips")
-    clips.know_tiny_h(folder / "architectures")
-    clips.aesthetic_head(folder / "sac+logos+ava1-l14-linearMSE.pth")
-    return {
-        "open_clip": clips.open_clip_folder(folder / "open_clip"),
-        "transformers": clips.transformers_folder(folder / "transformers"),
-        "wide": clips.transformers_folder(folder / "wide", dimensions=768),
-        "hps": clips.hps_folder(folder / "hps"),
-        "head": folder / "sac+logos+ava1-l14-linearMSE.pth",
-    }
+    return clips.every_place(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,18 +34,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def spec(name: str, places: dict[str, Path], **options: Any) -> dict[str, Any]:
-    own: dict[str, Any] = {
-        "clip": {"model": str(places["open_clip"])},
-        "clip_hf": {"reward": "clip", "model": str(places["transformers"])},
-        "vlm_rm": {"model": str(places["open_clip"]), "baseline": ["a picture", "a photo of {prompt}"]},
-        "aesthetic": {"model": str(places["wide"]), "head": str(places["head"])},
-        "pickscore": {"model": str(places["transformers"])},
-        "hpsv2": {"model": str(places["hps"]), "architecture": clips.TINY_H},
-    }[name]
-    return {name: {**own, **options}}
 
 
 @pytest.fixture(scope="module")
@@ -273,58 +250,3 @@ def _change(place: Path) -> None:
             found = torch.load(file, weights_only=True)
             state = found.get("state_dict", found)
             torch.save({k: v + 0.01 for k, v in state.items()}, file)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(32, 32), (40, 40), (37, 71), (64, 41), (20, 32)])
-def test_the_reference_path_is_the_stock_preprocessing(
-    places: dict[str, Path], name: str, shape: tuple[int, int]
-) -> None:
-    reward: Any = make_reward(spec(name, places, path="reference"))
-    media = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(3))
-    seen = reward.tower._preprocess(media)
-    stock = {"clip": _open_clip, "vlm_rm": _squashing, "hpsv2": _hps}.get(name, _transformers)
-    assert torch.allclose(seen, torch.stack([stock(picture) for picture in to_pil(media)]), atol=1e-5)
-
-
-def _open_clip(picture: Any) -> Tensor:
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    found: Tensor = image_transform_v2(PreprocessCfg(size=clips.SIDE), is_train=False)(picture)
-    return found
-
-
-def _transformers(picture: Any) -> Tensor:
-    try:
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Stock
-    except ImportError:  # before transformers 5
-        from transformers import CLIPImageProcessor as Stock
-    sides = {"size": {"shortest_edge": clips.SIDE}, "crop_size": {"height": clips.SIDE, "width": clips.SIDE}}
-    found: Tensor = Stock(**sides)(picture, return_tensors="pt")["pixel_values"][0]
-    return found
-
-
-def _squashing(picture: Any) -> Tensor:
-    """The published order: to tensor, both sides to the size of the model, normalise."""
-    from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
-
-    resize = Resize((clips.SIDE, clips.SIDE), InterpolationMode.BICUBIC, antialias=True)
-    found: Tensor = Compose([ToTensor(), resize, Normalize(*_COLOURS)])(picture)
-    return found
-
-
-def _hps(picture: Any) -> Tensor:
-    """The published order: to tensor, longest side to the size of the model, zeros around it, normalise."""
-    from torchvision.transforms import InterpolationMode, Normalize, ToTensor
-    from torchvision.transforms.functional import pad, resize
-
-    ratio = clips.SIDE / max(picture.size)
-    height, width = (round(side * ratio) for side in (picture.height, picture.width))
-    small = resize(ToTensor()(picture), [height, width], InterpolationMode.BICUBIC, antialias=True)
-    rows, columns = clips.SIDE - height, clips.SIDE - width
-    around = [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2]
-    found: Tensor = Normalize(*_COLOURS)(pad(small, around))
-    return found
-
-
-_COLOURS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
