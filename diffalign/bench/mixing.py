@@ -56,8 +56,8 @@ def compare(rows: Sequence[Row], columns: Columns, *, points: int = 161) -> dict
 
 
 def truth_of_best(scores: Tensor, truth: Tensor) -> float:
-    """The truth of the image with the highest score (K,)."""
-    return float(truth[scores.argmax()])
+    """The truth of the image with the highest score (K,); several at the top are drawn from."""
+    return float(truth[scores == scores.max()].mean())
 
 
 def pairs_right(scores: Tensor, truth: Tensor) -> float:
@@ -96,7 +96,7 @@ def grouped(rows: Sequence[Row], columns: Columns) -> tuple[list[Tensor], int]:
         if missing := [name for name in columns.names if name not in row]:
             raise ConfigError(f"there is no column '{missing[0]}' in the scores. It has: {', '.join(map(str, row))}.")
         values = [row[name] for name in columns.names]
-        if any(value is None for value in values):
+        if any(value is None or not math.isfinite(float(value)) for value in values):
             dropped += 1
         else:
             found.setdefault(str(row["prompt"]), []).append([float(value) for value in values])

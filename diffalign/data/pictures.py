@@ -67,10 +67,10 @@ class Picture:
             raise MediaError(f"{self.where} cannot be read as a picture: {cause}") from e
 
     def _place(self, path: str) -> Path:
-        """Below the given root; else beside the file, in a folder of its name, or from one of the folders above it."""
+        """Below the given root; else beside the file, in a folder of its name, or below a folder above it."""
         if self.root is not None:
             return self.root / path
         folder = self.file.resolve().parent
         starts = [folder, folder / self.file.stem, *folder.parents[:DEPTH]]
-        places = [*(start / path for start in starts), folder / Path(path).name]
+        places = [start / path for start in starts]
         return next((place for place in places if os.path.isfile(place)), places[0])

@@ -52,6 +52,7 @@ def test_the_scale_of_a_reward_changes_nothing(scale: float) -> None:
 def test_pairs_and_picks_are_counted_by_hand() -> None:
     scores, truth = torch.tensor([0.1, 0.5, 0.5, 0.9]), torch.tensor([0.0, 1.0, 0.0, 0.0])
     assert truth_of_best(scores, truth) == 0
+    assert truth_of_best(torch.ones(4), truth) == truth_of_best(torch.ones(4), truth.flip(0)) == 0.25
     assert pairs_right(scores, truth) == pytest.approx((1 + 0.5 + 0) / 3)
     assert pairs_right(truth, truth) == 1
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from diffalign import world
 from diffalign.cases import Case
+from diffalign.data.prompt_sets import read_prompts
 from diffalign.errors import ConfigError
 from diffalign.scoring import make_reward, score
 from diffalign.world.scenes import Scene, Shape
@@ -73,7 +75,6 @@ def test_on_top_of_never_scores_a_position_when_compatible() -> None:
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        (case(category="colour"), "'colour' is no category of T2I-CompBench; it has spatial, numeracy, color"),
         (spatial("inside", "circle", "square"), "'inside' is no relation"),
         (spatial("near", "circle"), "give the two names"),
         (numbers(circle=0), "give each class its count"),
@@ -84,3 +85,24 @@ def test_on_top_of_never_scores_a_position_when_compatible() -> None:
 def test_wrong_metadata_is_one_clear_error(asked: Case, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         make_reward("compbench")(MEDIA, [asked])
+
+
+def test_published_prompts_are_judged_from_the_file_to_the_score(tmp_path: Path) -> None:
+    """Two scenes: a circle left of a square, and two circles with a square."""
+    (tmp_path / "spatial_val.txt").write_text("a circle on the left of a square\na square on the left of a circle\n")
+    (tmp_path / "numeracy_val.txt").write_text("two circles and one square\nthree circles\nsome circles\n")
+    (tmp_path / "color_val.txt").write_text("a red circle\n")
+    beside = world.render(Scene((Shape("circle", "red", 14, 32, 8), Shape("square", "blue", 48, 32, 8))))[None]
+    crowd = world.render(
+        Scene(
+            (Shape("circle", "red", 14, 14, 8), Shape("circle", "red", 14, 48, 8), Shape("square", "blue", 48, 32, 8))
+        )
+    )[None]
+    reward = make_reward("compbench")
+    spatial_cases, number_cases = (read_prompts(tmp_path / f"{name}_val.txt") for name in ("spatial", "numeracy"))
+    assert reward(beside.expand(2, -1, -1, -1), spatial_cases).total.tolist() == [1.0, 0.5]
+    found = reward(crowd.expand(3, -1, -1, -1), number_cases).total
+    assert found[:2].tolist() == [1.0, 0.5]
+    assert found[2].isnan()
+    assert reward(beside, read_prompts(tmp_path / "color_val.txt")).total.isnan().all()
+    assert reward(beside, [case(category="Counting")]).total.isnan().all()  # DrawBench has categories too
