@@ -4,7 +4,8 @@
 until it is compared with what the base model gets for the same prompt.
 
 Where we differ: a prompt that was not measured is compared with the pool of all prompts, unless asked otherwise.
-References belong to a prompt; edits of several pictures under one instruction share theirs.
+References belong to a prompt and, by a short hash after it, to what else of a case the reward reads: the metadata keys
+and pictures that its `reads` names, and all pictures where it judges edits. Other metadata splits no prompt.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,8 @@ from torch import Tensor
 from diffalign import atomic
 from diffalign.cases import Case
 from diffalign.errors import ConfigError, InvalidReward
-from diffalign.score_cache import identity_of
-from diffalign.scoring import Reward, Score
+from diffalign.score_cache import PICTURES, asked_of, identity_of
+from diffalign.scoring import Composite, Reward, Score
 
 SCHEMA = 1
 LEVELS = 257  # values that stand for the pool of all prompts
@@ -38,7 +39,7 @@ class Table:
 
     reward: Mapping[str, Any]  # as `describe` gives it
     base: Mapping[str, Any]  # model, its version, and the call of the sampler
-    prompts: Mapping[str, tuple[float, ...]]  # ascending
+    prompts: Mapping[str, tuple[float, ...]]  # by `key_of`, ascending
     invalid: Mapping[str, int] = field(default_factory=dict)  # images per prompt that the reward could not judge
 
     @cached_property
@@ -73,7 +74,7 @@ class Table:
         return _hash(self._content())
 
     def references(self, prompt: str, unseen: Unseen = "pooled") -> Tensor:
-        """The references (K,) of a prompt, ascending; for one that was not measured the pool, none, or an error."""
+        """The references (K,) of a key, ascending; for one that was not measured the pool, none, or an error."""
         if found := self.prompts.get(prompt):
             return torch.tensor(found, dtype=torch.float64)
         if unseen == "error":
@@ -84,7 +85,7 @@ class Table:
         return self.pooled if unseen == "pooled" else self.pooled[:0]
 
     def rows(self, prompts: Sequence[str], unseen: Unseen = "pooled") -> Tensor:
-        """The references of B prompts as (B, K), filled up with NaN."""
+        """The references of B keys as (B, K), filled up with NaN."""
         rows = [self.references(prompt, unseen) for prompt in prompts]
         if not rows:
             return torch.empty(0, 0, dtype=torch.float64)
@@ -113,38 +114,66 @@ class Table:
         return {**about, **numbers, "pooled": self.pooled.tolist(), "prompts": prompts}
 
 
-def measure(reward: Reward, base: Mapping[str, Any], cases: Sequence[Case], score: Score) -> Table:
+def measure(reward: Reward, base: Mapping[str, Any], cases: Iterable[Case], score: Score) -> Table:
     """The table of what `reward` said (B,) about images of the base model for these B cases."""
-    if len(cases) != len(score):
-        raise ConfigError(f"there are {len(score)} scores for {len(cases)} cases; a table needs one for each.")
+    keys = [key_of(reward, case) for case in cases]
+    if len(keys) != len(score):
+        raise ConfigError(f"there are {len(score)} scores for {len(keys)} cases; a table needs one for each.")
     if not score.valid.any():
         raise InvalidReward(
-            f"reward '{reward.name}' is NaN for all {len(cases)} reference images, so there is nothing to compare "
+            f"reward '{reward.name}' is NaN for all {len(keys)} reference images, so there is nothing to compare "
             "with. Check that the images are finite and that the reward can read them."
         )
     prompts: dict[str, list[float]] = {}
     invalid: dict[str, int] = {}
-    for case, total in zip(cases, score.total.tolist(), strict=True):
-        prompts.setdefault(case.prompt, [])
+    for key, total in zip(keys, score.total.tolist(), strict=True):
+        prompts.setdefault(key, [])
         if math.isnan(total):
-            invalid[case.prompt] = invalid.get(case.prompt, 0) + 1
+            invalid[key] = invalid.get(key, 0) + 1
         else:
-            prompts[case.prompt].append(total)
+            prompts[key].append(total)
     ascending = {prompt: tuple(sorted(row)) for prompt, row in prompts.items()}
     return Table(reward=describe(reward), base=_plain(base), prompts=ascending, invalid=invalid)
 
 
+def key_of(reward: Reward, case: Case) -> str:
+    """Under which key the references of a case stand: its prompt, and a hash of what else the reward reads of it."""
+    try:
+        asked = asked_of(case, reads_of(reward))
+    except TypeError as e:
+        raise ConfigError(
+            f"what reward '{reward.name}' reads of the case '{case.prompt[:60]}' holds a {e}, which cannot be told "
+            f"from another one, so neither can references. Give numbers, texts, lists or pictures."
+        ) from e
+    return f"{case.prompt} #{asked}" if asked else case.prompt
+
+
+def reads_of(reward: Reward) -> tuple[str, ...]:
+    """What a reward or its parts read of a case beside the prompt: metadata keys, and the names of its pictures."""
+    own = tuple(getattr(getattr(reward, "function", reward), "reads", ()))
+    if isinstance(reward, Composite):
+        return tuple(sorted({*own, *(name for part in reward.rewards for name in reads_of(part))}))
+    return tuple(sorted({*own, *(PICTURES if reward.modality == "edit" else ())}))
+
+
 def describe(reward: Reward) -> dict[str, Any]:
-    """What the scores of a reward depend on: its name, class, version and options, and the same of its parts."""
-    if identity := identity_of(reward):
-        name, kind, version, options, dtype = json.loads(identity)[1]
-        about = {"name": name, "kind": kind, "version": version, "options": dict(options["map"]), "dtype": dtype}
-        return {key: _plain(value) for key, value in about.items()}
-    target = getattr(reward, "function", reward)
-    kind = target if hasattr(target, "__qualname__") else type(target)
-    options = {**getattr(reward, "options", {}), "weights": getattr(reward, "weights", None)}
-    about = {"name": reward.name, "kind": f"{kind.__module__}.{kind.__qualname__}", "version": reward.version}
-    return {**about, "options": _plain(options), "parts": [describe(r) for r in getattr(reward, "rewards", ())]}
+    """What the scores of a reward depend on: its name, class, version and options, or those of its parts."""
+    reads = {"reads": list(found)} if (found := reads_of(reward)) else {}
+    options = getattr(reward, "options", None)
+    if isinstance(reward, Composite) and isinstance(options, Mapping):
+        kind = f"{type(reward).__module__}.{type(reward).__qualname__}"
+        parts = [describe(part) for part in reward.rewards]
+        return {"name": reward.name, "kind": kind, "options": _plain(options), **reads, "parts": parts}
+    identity = identity_of(reward)
+    if identity is None:
+        why = "has no version" if reward.version is None else "has options that cannot be compared"
+        raise ConfigError(
+            f"reward '{reward.name}' {why}, so references of it could not be told from those of another. Give it a "
+            f'version, @register_reward("{reward.name}", version="1"), and keep what it is told in self.options.'
+        )
+    name, kind, version, options, dtype = json.loads(identity)[1]
+    about: dict[str, Any] = {"name": name, "kind": kind, "version": version, "options": dict(options["map"])}
+    return {key: _plain(value) for key, value in {**about, "dtype": dtype}.items()} | reads
 
 
 def write_tables(path: str | Path, tables: Sequence[Table]) -> Path:

@@ -3,7 +3,8 @@
 Where we differ from GenEval's Mask2Former: the model and its post-processing are those of transformers, so the same
 picture gets other boxes and confidences, and scores are not GenEval's to the digit. Boxes of a segmentation model are
 those of its masks, as there. From Grounding DINO: a box belongs to the phrase with the likeliest token, special tokens
-excluded, so it has exactly one of the labels asked for. Boxes are not cut to the picture.
+excluded, so it has exactly one of the labels asked for; a full stop in a label is asked as a blank, since it ends a
+phrase. Boxes are not cut to the picture.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class TransformersDetector:
     @property
     def version(self) -> str | None:
         """Our revision of the computation, and which weights it uses."""
-        return f"1 {weights.digest(self.folder)}"
+        return f"2 {weights.digest(self.folder)}"
 
     @cached_property
     def kind(self) -> str:
@@ -144,7 +145,8 @@ class TransformersDetector:
         names = {k: [label] for k, label in enumerate(labels)}
         sizes = torch.tensor([media.shape[-2:]] * len(media), device=media.device)
         if "input_ids" in inspect.signature(read).parameters:
-            texts = [". ".join(label.lower() for label in labels) + "."] * len(media)
+            phrases = [label.lower().replace(".", " ") for label in labels]  # a full stop ends a phrase
+            texts = [". ".join(phrases) + "."] * len(media)
             inputs = self._inputs(media, text=texts, padding=True)
             outputs = self.module(**inputs)
             stop = self.processor.tokenizer.convert_tokens_to_ids(".")

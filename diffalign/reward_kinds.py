@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from diffalign.cases import Case
 from diffalign.errors import ConfigError
+from diffalign.score_cache import identity_of, pixels_of
 
 
 @runtime_checkable
@@ -85,7 +87,10 @@ Ask = Callable[[Reward, Tensor, Sequence[Case]], Score]
 
 
 class Composite:
-    """A reward made of others: `through` asks them, so that each is cached by itself and may see some rows only."""
+    """A reward made of others: `through` asks them, so that each is cached by itself and may see some rows only.
+
+    `options` is everything that changes the score beside the parts.
+    """
 
     version: str | None = None  # the parts are cached, not the whole
     rewards: list[Reward]
@@ -129,11 +134,38 @@ def leaves(reward: Reward) -> list[Reward]:
     return reward.leaves if isinstance(reward, Composite) else [reward]
 
 
+class Memo:
+    """What rewards that stand in several places of a composite said within one call, so that each is asked once."""
+
+    def __init__(self, reward: Reward) -> None:
+        asked = leaves(reward)
+        alike = Counter((type(part), part.name) for part in asked)  # an identity may be dear: it can read weights
+        twice = [part for part in asked if alike[type(part), part.name] > 1]
+        self._marks = {id(part): identity_of(part) or str(id(part)) for part in twice}
+        places = Counter(self._marks[id(part)] for part in twice)
+        self._several = {mark for mark, count in places.items() if count > 1}
+        self._rows: dict[str, Score] = {}
+
+    def through(self, ask: Ask, reward: Reward, media: Tensor, cases: Sequence[Case]) -> Score:
+        """What `ask` says of these rows, asked only about those that are new."""
+        mark = self._marks.get(id(reward))
+        if mark not in self._several:
+            return ask(reward, media, cases)
+        keys = [f"{mark} {pixels} {id(case)}" for pixels, case in zip(pixels_of(media), cases, strict=True)]
+        new = [k for k, key in enumerate(keys) if key not in self._rows]
+        if new:
+            some = media if len(new) == len(keys) else media[new]
+            found = ask(reward, some, [cases[k] for k in new])
+            self._rows |= {keys[k]: found.select([row]) for row, k in enumerate(new)}
+        return Score.concat([self._rows[key] for key in keys])
+
+
 class WeightedReward(Composite):
     """The sum of weight times reward; a weight of 0 shows a part without letting it count."""
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
         self.rewards, self.weights = list(rewards), [float(w) for w in weights]
+        self.options = {"weights": self.weights}
         self.require_names(self.rewards)
         self.modality = self.shared_modality(self.rewards)
         weighted = zip(self.rewards, self.weights, strict=True)

@@ -11,7 +11,8 @@ import os
 import sqlite3
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from diffalign.cases import Case
 from diffalign.errors import OutputError
 
 Row = tuple[float, dict[str, float]]  # total, parts
+PICTURES = ("source", "control", "reference")  # what a case may hold
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS scores_1 (key TEXT PRIMARY KEY, total REAL NOT NULL, parts TEXT NOT NULL) WITHOUT ROWID"
 )
@@ -171,7 +173,9 @@ def keys_of(reward: Any, media: Tensor, cases: Sequence[Case], pixels: Sequence[
 
 def pixels_of(media: Tensor) -> list[str]:
     """The hash of each row (B,)."""
-    return [_digest(row) for row in media.detach().cpu().contiguous()]
+    rows = list(media.detach().cpu().contiguous())
+    with ThreadPoolExecutor(min(len(rows), os.cpu_count() or 1) or 1) as pool:  # hashing large rows leaves the lock
+        return list(pool.map(_digest, rows))
 
 
 def identity_of(reward: Any) -> str | None:
@@ -193,6 +197,45 @@ def identity_of(reward: Any) -> str | None:
             ]
         )
     return None
+
+
+def engine_version(revision: str, engine: Any, spec: Any) -> str | None:
+    """The version of a reward that asks an engine or detector, None where that cannot be told from another.
+
+    Made from a name as `spec` it is ours, and the reward's options say the rest; else its class, `version` and
+    `options` count.
+    """
+    version = getattr(engine, "version", None)
+    if version is None:
+        return None
+    if isinstance(spec, str) and (":" not in spec or Path(spec).expanduser().is_dir()):
+        return f"{revision} {version}"
+    kind = engine if isinstance(engine, type) else type(engine)
+    ours = kind.__module__.startswith("diffalign.")
+    options = _options(engine) if ours or dataclasses.is_dataclass(engine) else getattr(engine, "options", None)
+    if not isinstance(options, Mapping):
+        return None
+    with contextlib.suppress(TypeError):
+        return f"{revision} {_canonical([f'{kind.__module__}.{kind.__qualname__}', version, options])}"
+    return None
+
+
+def asked_of(case: Case, reads: Iterable[str]) -> str:
+    """A short hash of what a case holds under these names, pictures or metadata; empty where it holds nothing there."""
+    asked = {}
+    for name in set(reads):
+        picture = getattr(case, name) if name in PICTURES else None
+        told = case.metadata.get(name)
+        if picture is not None or told is not None:
+            asked[name] = [picture, _listed(told)]
+    return hashlib.sha256(_canonical(asked).encode("utf-8", "surrogatepass")).hexdigest()[:12] if asked else ""
+
+
+def _listed(value: Any) -> Any:
+    """The same with lists for tuples, as JSON would give it back."""
+    if isinstance(value, Mapping):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _options(reward: Any) -> Mapping[str, Any] | None:

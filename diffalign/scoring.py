@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 from diffalign import registry
 from diffalign.cases import Case
 from diffalign.errors import ConfigError, InvalidReward, NotDifferentiable
-from diffalign.reward_kinds import Ask, Composite, FunctionReward, Reward, Score, WeightedReward, leaves
-from diffalign.score_cache import ScoreCache
+from diffalign.reward_kinds import Ask, Composite, FunctionReward, Memo, Reward, Score, WeightedReward, leaves
+from diffalign.score_cache import ScoreCache, engine_version
 
 __all__ = [
     "Ask",
@@ -23,6 +24,7 @@ __all__ = [
     "Score",
     "ScoreCache",
     "WeightedReward",
+    "engine_version",
     "leaves",
     "make_reward",
     "rate",
@@ -46,7 +48,8 @@ def score(
     _check_input(reward, media, cases, chunk)
     size = chunk or max(len(cases), 1)
     starts = range(0, len(cases), size)
-    found = Score.concat([rate(reward, media[k : k + size], cases[k : k + size], cache) for k in starts])
+    memo = Memo(reward) if isinstance(reward, Composite) else None
+    found = Score.concat([rate(reward, media[k : k + size], cases[k : k + size], cache, memo) for k in starts])
     if not all_invalid and not found.valid.any():
         raise InvalidReward(
             f"reward '{reward.name}' is NaN for all {len(cases)} rows, so there is nothing to choose from; "
@@ -87,14 +90,23 @@ def make_reward(spec: Any) -> Reward:
     return WeightedReward([reward for reward, _ in weighted], [weight for _, weight in weighted])
 
 
-def rate(reward: Reward, media: Tensor, cases: Sequence[Case], cache: ScoreCache | None = None) -> Score:
+def rate(
+    reward: Reward, media: Tensor, cases: Sequence[Case], cache: ScoreCache | None = None, memo: Memo | None = None
+) -> Score:
     """Score rows without judging whether all of them failed: another chunk may hold a valid one."""
     if isinstance(reward, Composite):
-        return _checked(reward, reward.through(media, cases, partial(rate, cache=cache)), cases)
+        return _checked(reward, reward.through(media, cases, partial(rate, cache=cache, memo=memo)), cases)
+    _check_modality(reward, media, cases)
     if media.ndim == 5 and reward.modality == "image":
-        return _per_frame(reward, media, cases, cache)
-    if cache is None or (media.requires_grad and torch.is_grad_enabled()):
+        return _per_frame(reward, media, cases, partial(rate, cache=cache, memo=memo))
+    if media.requires_grad and torch.is_grad_enabled():  # equal rows have each their own gradient
         return _ask(reward, media, cases)
+    ask = _ask if cache is None else partial(_through_cache, cache)
+    return memo.through(ask, reward, media, cases) if memo else ask(reward, media, cases)
+
+
+def _through_cache(cache: ScoreCache, reward: Reward, media: Tensor, cases: Sequence[Case]) -> Score:
+    """The rows that the cache has, and what the reward says of the others."""
     keys = cache.keys(reward, media, cases)
     rows = cache.lookup(keys)
     new = [k for k, row in enumerate(rows) if row is None]
@@ -108,10 +120,10 @@ def rate(reward: Reward, media: Tensor, cases: Sequence[Case], cache: ScoreCache
     return Score.concat(known).select(torch.tensor(order).argsort())
 
 
-def _per_frame(reward: Reward, media: Tensor, cases: Sequence[Case], cache: ScoreCache | None) -> Score:
+def _per_frame(reward: Reward, media: Tensor, cases: Sequence[Case], ask: Ask) -> Score:
     """An image reward judges a video by the mean over its frames; one unreadable frame makes the row invalid."""
     frames = media.shape[1]
-    each = rate(reward, media.flatten(0, 1), [case for case in cases for _ in range(frames)], cache)
+    each = ask(reward, media.flatten(0, 1), [case for case in cases for _ in range(frames)])
     parts = {name: part.view(-1, frames).mean(1) for name, part in each.parts.items()}
     return Score(each.total.view(-1, frames).mean(1), parts, each.valid.view(-1, frames).all(1))
 
@@ -130,6 +142,16 @@ def _ask(reward: Reward, media: Tensor, cases: Sequence[Case]) -> Score:
         return Score(torch.full((len(cases),), torch.nan, device=media.device))
     rows = [case for case, fine in zip(cases, sound.tolist(), strict=True) if fine]
     return _checked(reward, reward(media[sound], rows), rows).spread(sound)
+
+
+def _furthest(media: Tensor) -> float:
+    """The largest finite value without its sign; one pass over the pixels where all are finite."""
+    if not media.numel():
+        return 0.0
+    low, high = (float(end) for end in media.aminmax())
+    if math.isfinite(low) and math.isfinite(high):
+        return max(-low, high)
+    return float(media.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def _is_text(prompt: str) -> bool:
@@ -186,11 +208,8 @@ def _check_input(reward: Reward, media: Tensor, cases: Iterable[Case], chunk: in
         raise ConfigError(
             f"media has dtype {media.dtype}; rewards take floats in [0, 1]. Divide 8-bit levels by 255: media / 255."
         )
-    if media.numel() and float(media.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()) > FAR:
-        raise ConfigError(
-            f"media has values up to {float(media.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()):g}; rewards take "
-            "[0, 1]. Divide 8-bit levels by 255."
-        )
+    if (most := _furthest(media.detach())) > FAR:
+        raise ConfigError(f"media has values up to {most:g}; rewards take [0, 1]. Divide 8-bit levels by 255.")
     if len(media) != len(cases) or not cases:
         raise ConfigError(
             f"there are {len(media)} images and {len(cases)} cases; scoring needs one case per image, and at least one."
@@ -199,6 +218,11 @@ def _check_input(reward: Reward, media: Tensor, cases: Iterable[Case], chunk: in
         raise ConfigError(
             f"chunk is {chunk}, but scoring goes through at least 1 row at a time. Leave it out to score all at once."
         )
+    if not isinstance(reward, Composite):  # its parts may see some rows only
+        _check_modality(reward, media, cases)
+
+
+def _check_modality(reward: Reward, media: Tensor, cases: Sequence[Case]) -> None:
     if reward.modality == "video" and media.ndim == 4:
         raise ConfigError(
             f"reward '{reward.name}' judges videos (B, F, 3, H, W), but got images of shape {tuple(media.shape)}."

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 OVERSHOOT = (
     1e-3  # bicubic edges are cut this far outside [0, 1]: a clamp at exactly 0 and 1 stops gradients of plain areas
 )
+LUMA = (0.299, 0.587, 0.114)  # what red, green and blue weigh in brightness
 
 
 Route = Literal["auto", "reference", "tensor"]

@@ -25,7 +25,7 @@ from diffalign.registry import register_reward
 from diffalign.rules.compbench import NEAR_PIXELS, numeracy, require_relation, spatial
 from diffalign.rules.geneval import Detection
 from diffalign.rules.phrases import numbers_of, relation_of
-from diffalign.scoring import Score
+from diffalign.scoring import Score, engine_version
 
 JUDGED = ("spatial", "numeracy")
 
@@ -35,6 +35,7 @@ class CompBench:
     """Spatial: confidence and position; numeracy: presence and exact count; `near` is in pixels of the picture."""
 
     reads_prompt = True
+    reads = ("category", "objects", "relation")
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class CompBench:
     @property
     def version(self) -> str | None:
         """Our revision of the computation, and which weights it uses."""
-        return None if self.detector.version is None else f"1 {self.detector.version}"
+        return engine_version("1", self.detector, self._given[0])
 
     def __call__(self, media: Tensor, cases: Sequence[Case]) -> Score:
         tasks = [_task(case) for case in cases]

@@ -4,9 +4,10 @@ Dhruba Ghosh et al.: "GenEval: An Object-Focused Framework for Evaluating Text-t
 2310.11513), with the soft score of Jie Liu et al.: "Flow-GRPO", 2025 (arXiv 2505.05470). What is asked for is in the
 metadata of the case, as GenEval writes it: `include`, `exclude`, `tag`.
 
-Where we differ: see diffalign/rules/geneval.py for the rules and diffalign/detector_models.py for the detector. Prompts
-of the shapes world need no metadata where the detector is `shapes`: their grammar gives the clauses, and one exclude
-says that nothing else is wanted. Sizes and absolute places are no clauses of GenEval, so prompts with them are invalid.
+Where we differ: see diffalign/rules/geneval.py for the rules and diffalign/detector_models.py for the detector. More
+objects than asked for cost nothing in the soft score, as in the strict one, unless an exclude says so. Prompts of the
+shapes world need no metadata where the detector is `shapes`: their grammar gives the clauses, and one exclude says that
+nothing else is wanted. Sizes and absolute places are no clauses of GenEval, so prompts with them are invalid.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from diffalign.cases import Case
 from diffalign.detectors import ANY, EMBEDDED, ColourNamer, Detector, ShapesDetector, detect_rows, find_detector
 from diffalign.registry import register_reward
 from diffalign.rules.geneval import Detection, Exclude, Include, Request, Verdict, judge, read_request, select
-from diffalign.scoring import Score
+from diffalign.scoring import Score, engine_version
+from diffalign.world.compose import OPPOSITE
 from diffalign.world.grammar import Clauses
 from diffalign.world.verifier import clauses_of
-
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 @register_reward("geneval", range=(0.0, 1.0))
@@ -35,6 +35,7 @@ class GenEval:
     """`score` soft is the mean of the clauses, strict is 1 where all of them hold; parts show both and each kind."""
 
     reads_prompt = True
+    reads = ("include", "exclude", "tag")
 
     def __init__(
         self,
@@ -76,9 +77,10 @@ class GenEval:
     @property
     def version(self) -> str | None:
         """Our revision of the computation, and which weights it uses."""
-        if isinstance(self.detector, ShapesDetector):
-            return f"1 {self.detector.version}"
-        return None if self.detector.version is None else f"1 {self.detector.version} {self.colours.version}"
+        known = engine_version("2", self.detector, self._given[0])
+        if known is None or isinstance(self.detector, ShapesDetector):
+            return known
+        return f"{known} {self.colours.version}"
 
     def __call__(self, media: Tensor, cases: Sequence[Case]) -> Score:
         requests = [self._request(case) for case in cases]

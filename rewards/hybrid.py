@@ -31,6 +31,7 @@ class Hybrid(Composite):
             raise ConfigError(f"hybrid.confidence is {confidence:g}, but trust goes from 0 (model) to 1 (rule).")
         self.rule, self.model, self.confidence = make_reward(rule), make_reward(model), confidence
         self.rewards = [self.rule, self.model]
+        self.options = {"confidence": confidence}
         self.modality = self.shared_modality(self.rewards)
         self.differentiable = self.rule.differentiable and self.model.differentiable
         a, b = self.rule.range, self.model.range

@@ -33,7 +33,7 @@ from diffalign.rules.boxes import (
     stage_at,
 )
 from diffalign.rules.geneval import Detection
-from diffalign.scoring import Score
+from diffalign.scoring import Score, engine_version
 
 
 @register_reward("layout", range=(0.0, 1.0))
@@ -41,6 +41,7 @@ class LayoutReward:
     """`metric` is vision_r1 (precision and recall), vlm_r1 (overlap and completeness) or od_length (mAP and number)."""
 
     reads_prompt = True
+    reads = ("boxes",)
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class LayoutReward:
     @property
     def version(self) -> str | None:
         """Our revision of the computation, and which weights it uses."""
-        return None if self.detector.version is None else f"1 {self.detector.version}"
+        return engine_version("1", self.detector, self._spec)
 
     def __call__(self, media: Tensor, cases: Sequence[Case]) -> Score:
         asked = [_asked(case.metadata) for case in cases]

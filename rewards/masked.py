@@ -11,6 +11,8 @@ scored at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from numbers import Real
 from typing import Any
 
 import torch
@@ -47,6 +49,8 @@ class Masked(Composite):
         self.inner, self.monitor = make_reward(inner), make_reward(monitor)
         self.part, self.target, self.low, self.high = part, target, low, high
         self.rewards = [self.inner, self.monitor]
+        self.options = {"target": target, "part": part, "low": low, "high": high}
+        self.reads = (target,) if isinstance(target, str) else ()
         self.modality = self.shared_modality(self.rewards)
         self.differentiable = self.inner.differentiable  # inside the window; at its edge the score jumps
         ends = self.inner.range
@@ -79,10 +83,13 @@ class Masked(Composite):
         return monitor.parts[self.part].where(monitor.valid, torch.nan)
 
     def _target(self, case: Case) -> float:
-        found = case.metadata.get(self.target, torch.nan) if isinstance(self.target, str) else self.target
-        try:
-            return float(found)
-        except (TypeError, ValueError) as e:
-            raise ConfigError(
-                f"the metadata '{self.target}' of '{case.prompt[:60]}' is {found!r}, not a number."
-            ) from e
+        found = case.metadata.get(self.target) if isinstance(self.target, str) else self.target
+        if found is None:
+            return torch.nan
+        if isinstance(found, Real) and not isinstance(found, bool):
+            with suppress(OverflowError):
+                return float(found)
+        raise ConfigError(
+            f"the metadata '{self.target}' of '{case.prompt[:60]}' is {repr(found)[:60]}, not a number, or too large a "
+            "one. Write it without quotes."
+        )

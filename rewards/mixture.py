@@ -4,8 +4,9 @@ Papers: "InfAlign: Inference-aware language model alignment", Balashankar et al.
 base images that an image beats takes the place of hand-tuned weights. The formulas are those of diffalign/shaping.
 
 Where we differ: the order of the stages is written out, and only orders that mean something are taken; `clip` before a
-calibration clips the references too; a weight is a member's share in whatever rule combines them; an invalid member
-makes the row invalid, unless it is to be left out and the other weights take its share.
+calibration clips the references too, and a second `clip` is shown as `clip_2`; a weight is a member's share in whatever
+rule combines them; an invalid member makes the row invalid, unless it is to be left out and the other weights take its
+share.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffalign.calibration import Table, Unseen, read_tables, table_of
+from diffalign.calibration import Table, Unseen, key_of, read_tables, table_of
 from diffalign.cases import Case
 from diffalign.errors import ConfigError
 from diffalign.registry import register_reward
@@ -39,16 +40,19 @@ class Member:
     def through(self, raw: Score, cases: Sequence[Case]) -> dict[str, Tensor]:
         """The values (B,) after each stage; an invalid row stays NaN and takes no part, not in the gradient either."""
         valid = raw.valid.tolist()
-        prompts = [case.prompt for case, judged in zip(cases, valid, strict=True) if judged]
         r = raw.total[raw.valid]
-        refs = self.table.rows(prompts, self.unseen).to(r) if self.table else r.new_empty(len(r), 0)
-        found = {}
+        refs = r.new_empty(len(r), 0)
+        if self.table:
+            keys = [key_of(self.reward, case) for case, judged in zip(cases, valid, strict=True) if judged]
+            refs = self.table.rows(keys, self.unseen).to(r)
+        found: dict[str, Tensor] = {}
         for stage in self.stages:
             if stage.calibrates:
-                r = stage.calibrate(r, refs, lambda: self.scale)
+                known = ~refs.isnan().all(-1)  # zscore needs none of its own
+                r = torch.where(known, stage.calibrate(r, refs, lambda: self.scale), torch.nan)
             else:
                 r, refs = stage.shape(r), stage.shape(refs)
-            found[stage.name] = Score(r).spread(raw.valid).total
+            found[f"{stage.name}_2" if stage.name in found else stage.name] = Score(r).spread(raw.valid).total
         return found
 
     @cached_property
@@ -96,6 +100,13 @@ class Mixture(Composite):
         self.modality = self.shared_modality(self.rewards)
         calibration = next((stage for stage in self.plan.before if stage.calibrates), None)
         tables = self._tables(calibration.name, table) if calibration else [None] * len(self.rewards)
+        self.options = {
+            "stages": [[s.name, s.options] for s in (*self.plan.before, self.plan.rule, *self.plan.after)],
+            "weights": self.weights,
+            "tables": [table.hash for table in tables if table],
+            "missing": missing,
+            "unseen": unseen,
+        }
         self.members = [Member(r, self.plan.before, t, unseen) for r, t in zip(self.rewards, tables, strict=True)]
         if calibration and calibration.scaled:
             _ = [member.scale for member in self.members]  # references without a scale: say so before the work
@@ -112,7 +123,8 @@ class Mixture(Composite):
             own = member.through(raw, cases)
             columns.append([raw.total, *own.values()][-1].to(media.device))
             parts[name] = raw.total
-            parts |= {f"{name}/{k}": v for k, v in {**raw.parts, **own}.items() if k != name}
+            parts |= {f"{name}/{k}": v for k, v in raw.parts.items() if k != name}
+            parts |= {f"{name}/{stage}": value for stage, value in own.items()}
         z = torch.stack(columns, -1)  # (B, N)
         total = self.plan.rule.combine(z, self._shares(z))
         for stage in self.plan.after:

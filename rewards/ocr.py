@@ -5,7 +5,8 @@ reward: all recognised lines with confidence over 0 run together, r = 1 - distan
 differs: diffalign/rules/text.py.
 
 Where we differ:
-- The engine is Tesseract, not PaddleOCR; any object with `read(image) -> Reading` and a `version` takes its place.
+- The engine is Tesseract, not PaddleOCR; any object with `read(image) -> Reading` takes its place. Scores of one with
+  a `version` and `options` are cached.
 - Nothing recognised is a sound 0. An engine that fails is an error, never a score; a row without a target is NaN.
 - Pictures are prepared: their strongest colour axis as dark on light, enlarged where small, with a margin.
 - `text` names a metadata key that holds the target, for prompts that quote nothing.
@@ -29,7 +30,7 @@ from diffalign.cases import Case
 from diffalign.errors import ConfigError, MissingExtra, ModelError
 from diffalign.registry import register_reward
 from diffalign.rules import text as rules
-from diffalign.scoring import Score
+from diffalign.scoring import Score, engine_version
 from diffalign.vision import to_pil
 
 APT = "apt-get install tesseract-ocr"
@@ -47,9 +48,6 @@ class Reading:
 class Engine(Protocol):
     """Reads the text in a picture; raises where it cannot work, and is asked from several threads."""
 
-    @property
-    def version(self) -> str: ...
-
     def read(self, image: Image.Image) -> Reading: ...
 
 
@@ -62,6 +60,7 @@ class Tesseract:
         except ImportError as e:
             raise MissingExtra.of("reward 'ocr'", "pytesseract", "ocr") from e
         self.engine = pytesseract
+        self.options = {"language": language, "psm": psm, "binarise": binarise}
         self.language = language
         self.config = f"--psm {psm} -c thresholding_method={2 if binarise == 'sauvola' else 0}"
 
@@ -119,18 +118,20 @@ class OCR:
                 "neither of the others is negative. `tesseract --help-psm` lists the modes."
             )
         if isinstance(engine, str) and engine != "tesseract":
-            raise ConfigError(f"ocr.engine is '{engine}'; it is 'tesseract' or an object with `read` and `version`.")
+            raise ConfigError(f"ocr.engine is '{engine}'; it is 'tesseract' or an object with `read`.")
         self.which, self.precision, self.text = which, precision, text
         self.upscale, self.contrast, self.workers = upscale, contrast, workers or min(8, os.cpu_count() or 1)
         self.engine: Engine = Tesseract(language, psm, binarise) if isinstance(engine, str) else engine
         own = {"language": language, "psm": psm, "binarise": binarise} if isinstance(engine, str) else {}
         self.options = own | {"which": which, "precision": precision, "text": text}
         self.options |= {"upscale": upscale, "contrast": contrast}
+        self.reads = (text,) if text else ()
+        self._given = engine
 
     @property
-    def version(self) -> str:
+    def version(self) -> str | None:
         """Our revision of the computation, and which engine reads."""
-        return f"1 {self.engine.version}"
+        return engine_version("1", self.engine, self._given)
 
     def __call__(self, media: Tensor, cases: Sequence[Case]) -> Score:
         targets = [self._targets(case) for case in cases]
@@ -151,8 +152,13 @@ class OCR:
 
     def _targets(self, case: Case) -> list[str]:
         """The targets that hold a letter."""
-        given = case.metadata.get(self.text, []) if self.text else rules.quoted(case.prompt)
-        found = [given] if isinstance(given, str) else [str(target) for target in given]
+        given = case.metadata.get(self.text) if self.text else rules.quoted(case.prompt)
+        found = [given] if isinstance(given, str) else [] if given is None else given
+        if not isinstance(found, list | tuple) or not all(isinstance(target, str) for target in found):
+            raise ConfigError(
+                f"the metadata '{self.text}' of '{case.prompt[:60]}' is {repr(given)[:60]}, but what a picture should "
+                "say is a text or a list of texts. Put a number in quotes."
+            )
         return [target for target in found[: 1 if self.which == "first" else None] if rules.normal(target)]
 
     def _judged(self, reading: Reading, targets: Sequence[str]) -> list[float]:

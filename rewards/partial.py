@@ -9,6 +9,7 @@ Where we differ: none of the papers publishes this composition; each rule is an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -58,6 +59,20 @@ class Partial(Composite):
         counted = [reward for name, reward in self.terms.items() if self.weights[name]]
         self.differentiable = all(reward.differentiable for reward in counted)
         self.range = self._range()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything that changes the score, the step as it is now."""
+        return {
+            "terms": list(self.terms),
+            "weights": self.weights,
+            "gates": self.gates,
+            "bounds": self.bounds,
+            "outcome": self.outcome,
+            "anneal": self.anneal,
+            "schedule": self.schedule,
+            "step": self.step,
+        }
 
     def weights_at(self, step: int) -> dict[str, float]:
         """The weight of each term once `step` steps are done."""
@@ -114,5 +129,7 @@ class Partial(Composite):
         if self.outcome is None and (dominance != "off" or anneal):
             raise ConfigError("partial fades and weighs terms against an outcome, and none is named. Set outcome.")
         for name, (low, high) in self.bounds.items():
-            if low >= high:
-                raise ConfigError(f"partial.bounds.{name} is {low:g} to {high:g}; the first is below the second.")
+            if not 0 < high - low < math.inf:
+                raise ConfigError(
+                    f"partial.bounds.{name} is {low:g} to {high:g}; the first is below the second, and both are finite."
+                )

@@ -43,6 +43,7 @@ class _Compared:
     def __init__(self, against: Against, resize: bool, mask: str | None) -> None:
         self.against, self.resize, self.mask = against, resize, mask
         self.options: dict[str, Any] = {"against": against, "resize": resize, "mask": mask}
+        self.reads = (against, mask) if mask else (against,)
 
     def compared(self, media: Tensor, wanted: Tensor, counts: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) against (B, 3, H, W) where counts (B, 1, H, W) -> (B,)."""
@@ -108,7 +109,7 @@ class SSIM(_Compared):
                 f"{media.shape[-2]}. Use psnr for pictures this small."
             )
         if self.grey:
-            luma = media.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+            luma = media.new_tensor(vision.LUMA).view(1, 3, 1, 1)
             media, wanted = (media * luma).sum(1, keepdim=True), (wanted * luma).sum(1, keepdim=True)
         whole = 1 - F.max_pool2d(1 - counts, WINDOW, stride=1)  # windows that touch no edited pixel
         return _mean_where(_ssim_map(media, wanted), whole)
@@ -171,7 +172,9 @@ def _ssim_map(a: Tensor, b: Tensor) -> Tensor:
 
 def _mean_where(values: Tensor, counts: Tensor) -> Tensor:
     """The mean of values (B, C, H, W) over the pixels that count (B, 1, H, W) -> (B,); NaN where none does."""
-    return (values * counts).mean(1).sum((1, 2)) / counts.sum((1, 2, 3))
+    number = counts.sum((1, 2, 3))
+    mean = (values * counts).mean(1).sum((1, 2)) / number.clamp(min=1)  # 0 / 0 would reach the gradient of other rows
+    return torch.where(number > 0, mean, torch.nan)
 
 
 def _mask(given: Any, size: tuple[int, int]) -> Tensor:
@@ -182,7 +185,12 @@ def _mask(given: Any, size: tuple[int, int]) -> Tensor:
     if isinstance(image, Image.Image):
         plane = vision.to_tensor(image).mean(1, keepdim=True)
     else:
-        plane = torch.as_tensor(image).cpu().float()[None, None]
-    if plane.ndim != 4:
-        raise ConfigError(f"a mask has {plane.ndim - 2} dimensions, but it is one number per pixel: (H, W).")
+        try:
+            plane = torch.as_tensor(image).cpu().float()[None, None]
+        except (TypeError, ValueError, RuntimeError, OverflowError) as e:
+            raise ConfigError(f"a mask is {repr(given)[:60]}, but it is one number per pixel: (H, W).") from e
+    if plane.ndim != 4 or not plane.numel():
+        raise ConfigError(
+            f"a mask has {plane.ndim - 2} dimensions and {plane.numel()} numbers, but it is one per pixel: (H, W)."
+        )
     return F.interpolate(plane, size=size, mode="nearest-exact")[0]

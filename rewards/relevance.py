@@ -22,6 +22,7 @@ from diffalign.cases import Case
 from diffalign.errors import ConfigError
 from diffalign.registry import register_reward
 from diffalign.scoring import Ask, Composite, Score, make_reward
+from diffalign.vision import LUMA
 
 GRID = 4  # colours along one side of a patch
 
@@ -38,13 +39,15 @@ class Relevance(Composite):
         patch: int = 16,
         tolerance: float = 0.05,
     ) -> None:
-        if min(complexity_floor, variety_floor, tolerance) <= 0 or patch < GRID:
+        if not all(x > 0 for x in (complexity_floor, variety_floor, tolerance)) or patch < GRID:  # NaN is not above 0
             raise ConfigError(
                 f"relevance has complexity_floor {complexity_floor:g}, variety_floor {variety_floor:g}, tolerance "
                 f"{tolerance:g} and patch {patch}; the first three are above 0, and a patch has {GRID} pixels or more."
             )
         self.similarity = make_reward(similarity)
         self.rewards = [self.similarity]
+        self.options = {"complexity_floor": complexity_floor, "variety_floor": variety_floor}
+        self.options |= {"patch": patch, "tolerance": tolerance}
         self.complexity_floor, self.variety_floor = complexity_floor, variety_floor
         self.patch, self.tolerance = patch, tolerance
         self.modality, self.differentiable = self.similarity.modality, self.similarity.differentiable
@@ -67,7 +70,7 @@ class Relevance(Composite):
 
 def complexity_of(media: Tensor) -> Tensor:
     """Mean absolute difference of neighbouring luminances: (B, 3, H, W) -> (B,), 0 for a plain picture."""
-    luma = (media * media.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1)
+    luma = (media * media.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1)
     across, down = luma.diff(dim=2).abs(), luma.diff(dim=1).abs()
     return (across.flatten(1).sum(1) + down.flatten(1).sum(1)) / max(1, across[0].numel() + down[0].numel())
 

@@ -37,7 +37,11 @@ class Router(Composite):
         self.by, self.routes = by, {kind: make_reward(spec) for kind, spec in specs.items()}
         self.fallback = DEFAULT if default is not None else None
         self.rewards = list(self.routes.values())
-        self.modality = self.shared_modality(self.rewards)
+        self.options = {"by": by, "routes": list(self.routes), "default": default is not None}
+        self.reads = (by,)
+        modality = self.shared_modality(self.rewards)
+        shared = all(reward.modality == modality for reward in self.rewards)
+        self.modality = modality if shared else "image"  # one route of edits asks a source of its own rows only
         self.differentiable = all(reward.differentiable for reward in self.rewards)
         ends = [reward.range for reward in self.rewards if reward.range]
         known = len(ends) == len(self.rewards)

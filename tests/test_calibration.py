@@ -11,14 +11,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from diffalign import shaping
-from diffalign.calibration import LEVELS, Table, describe, measure, read_tables, table_of, write_tables
+from diffalign.calibration import LEVELS, Table, describe, key_of, measure, read_tables, table_of, write_tables
 from diffalign.cases import Case
+from diffalign.cli.score_calibrate import add
+from diffalign.cli.score_entry import Entry
+from diffalign.cli.score_pass import Column
 from diffalign.errors import ConfigError, InvalidReward
-from diffalign.reward_kinds import WeightedReward
-from diffalign.scoring import Score
+from diffalign.reward_kinds import FunctionReward, WeightedReward
+from diffalign.scoring import Score, make_reward
 
 BASE = {"model": "tiny", "sampler": {"steps": 20, "guidance": 4.5}}
 
@@ -80,7 +84,7 @@ def test_the_pooled_values_give_nearly_the_cdf_of_all(seed: int, count: int) -> 
 @given(tables_of)
 def test_a_table_comes_back_from_its_file_as_it_was(tmp_path_factory: pytest.TempPathFactory, values: Any) -> None:
     path = tmp_path_factory.mktemp("tables") / "t.json"
-    written = [table(values), table(values, Light("other", version=None, size=[1, 2]))]
+    written = [table(values), table(values, Light("other", version="2", size=[1, 2]))]
     write_tables(path, written)
     found = read_tables(path)
     assert found == written
@@ -181,3 +185,105 @@ def test_a_reward_made_of_others_is_described_by_its_parts() -> None:
 def test_a_base_is_kept_as_plain_values() -> None:
     found = table({"a": [1.0]}, base={"model": Path("m"), "call": {"size": (64, 64), "eta": math.inf}})
     assert found.base == {"model": "m", "call": {"size": [64, 64], "eta": "inf"}}
+
+
+COMPOSITES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("hybrid", {"rule": Light(), "model": Light("dark")}, {"confidence": 0.5}),
+    ("masked", {"inner": Light(), "monitor": Light("dark"), "target": 1.0}, {"high": 3.0}),
+    ("masked", {"inner": Light(), "monitor": Light("dark"), "target": 1.0}, {"monitor": Light("dark", "2")}),
+    ("partial", {"terms": {"a": Light()}}, {"bounds": {"a": (0.0, 2.0)}}),
+    ("partial", {"terms": {"a": Light(), "b": Light("dark")}, "outcome": "a", "anneal": 5}, {"step": 2}),
+    ("router", {"routes": {"a": Light()}}, {"by": "sort"}),
+    ("router", {"routes": {"a": Light()}}, {"routes": {"b": Light()}}),
+    ("relevance", {"similarity": Light()}, {"patch": 8}),
+    ("mixture", {"rewards": Light(), "stages": ["mean"]}, {"stages": [{"clip": {"low": 0.0}}, "mean"]}),
+    ("mixture", {"rewards": [Light(), Light("dark")], "stages": ["mean"]}, {"rewards": [Light(), (Light("dark"), 2)]}),
+]
+
+
+@pytest.mark.parametrize(("name", "told", "other"), COMPOSITES)
+def test_rewards_of_rewards_built_in_python_are_told_apart_by_options_and_parts(
+    name: str, told: dict[str, Any], other: dict[str, Any]
+) -> None:
+    kind = type(make_reward({name: told}))
+    made, again, another = kind(**told), kind(**told), kind(**{**told, **other})
+    found = measure(made, BASE, [Case(prompt="a")], Score(torch.zeros(1)))
+    assert table_of(again, [found], "t.json") is found
+    with pytest.raises(ConfigError, match="measured with another"):
+        table_of(another, [found], "t.json")
+
+
+def test_the_step_of_a_schedule_is_told_as_it_is_now() -> None:
+    made: Any = make_reward({"partial": {"terms": {"a": Light(), "b": Light("dark")}, "outcome": "a", "anneal": 5}})
+    before = describe(made)
+    made.step = 3
+    assert describe(made) != before
+
+
+def test_a_table_of_a_mixture_knows_the_tables_it_was_made_with(tmp_path: Path) -> None:
+    paths = [str(write_tables(tmp_path / f"{v}.json", [table({"a": [v, 3.0]})])) for v in (1.0, 2.0)]
+    made = [make_reward({"mixture": {"rewards": Light(), "table": path}}) for path in paths]
+    assert describe(made[0]) != describe(made[1])
+
+
+def test_a_reward_without_an_identity_gets_no_references_and_is_told_how_to_get_one() -> None:
+    def closure(media: Tensor, cases: Sequence[Case]) -> Tensor:
+        return media.mean((1, 2, 3))
+
+    inside = WeightedReward([Light(), FunctionReward(closure, {})], [1, 1])
+    silent = Light("silent")
+    del silent.options
+    for reward, said in ((FunctionReward(closure, {}), "closure"), (inside, "closure"), (silent, "silent")):
+        with pytest.raises(ConfigError, match=rf'@register_reward\("{said}", version="1"\)'):
+            measure(reward, BASE, [Case(prompt="a")], Score(torch.zeros(1)))
+        with pytest.raises(ConfigError, match=f"'{said}' has .* could not be told from those of another"):
+            table_of(reward, [], "t.json")
+
+
+def test_references_are_kept_apart_by_what_a_reward_reads_beside_the_prompt_and_by_nothing_else() -> None:
+    pictures = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    cases = [
+        Case(prompt="a", source=picture, metadata={"objects": objects, "index": k})
+        for k, (picture, objects) in enumerate([(pictures[0], ["cat", "dog"]), (pictures[1], ("dog", "cat"))])
+    ]
+
+    def keys(reward: Any, *more: Case) -> list[str]:
+        return [key_of(reward, case) for case in (*cases, *more)]
+
+    assert keys(Light()) == ["a", "a"]
+    for spec in ("compbench", {"psnr": {"against": "source"}}, {"router": {"routes": {"x": "compbench"}}}):
+        found = keys(make_reward(spec), Case(prompt="a"))
+        assert len(set(found)) == 3
+        assert found[2] == "a"
+        assert found[0].startswith("a #")
+    edits = Light("edits")
+    edits.modality = "edit"
+    assert len(set(keys(edits))) == 2
+    listed = Case(prompt="a", metadata={"objects": ["dog", "cat"], "seed": 3})  # as JSON gives a tuple back
+    assert keys(make_reward("compbench"), listed)[1:] == [key_of(make_reward("compbench"), listed)] * 2
+    with pytest.raises(ConfigError, match="holds a object, which cannot be told"):
+        key_of(make_reward("compbench"), Case(prompt="a", metadata={"objects": object()}))
+
+
+def test_a_table_says_what_its_keys_were_made_of() -> None:
+    reward = make_reward({"masked": {"inner": Light(), "monitor": Light("dark"), "target": "usual"}})
+    assert describe(reward)["reads"] == ["usual"]
+    assert "reads" not in describe(Light())
+
+
+def test_calibrate_reads_metadata_and_pictures_of_what_it_scores(tmp_path: Path) -> None:
+    for name in ("red", "blue"):
+        Image.new("RGB", (8, 8), name).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_text("no picture")
+    inputs = [{"source": tmp_path / f"{name}.png"} for name in ("red", "blue", "blue", "broken")]
+    entries = [
+        Entry(name=str(k), picture=tmp_path / "red.png", prompt="a", metadata={"objects": k % 2, "seed": k}, inputs=row)
+        for k, row in enumerate(inputs)
+    ]
+    for spec, kept in (("compbench", [2, 2]), ({"psnr": {"against": "source"}}, [1, 2, 1]), ("brightness", [4])):
+        reward, path = make_reward(spec), str(tmp_path / f"{len(kept)}.json")
+        add(path, BASE, entries, [Column(reward, 1.0, [0.0, 1.0, 2.0, 3.0])])
+        (found,) = read_tables(path)
+        assert [len(row) for row in found.prompts.values()] == kept
+        case = entries[1].load()[1]
+        assert found.references(key_of(reward, case), "error").tolist()[0] == (0.0 if kept == [4] else 1.0)

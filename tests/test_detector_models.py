@@ -244,6 +244,15 @@ def test_grounding_gives_each_box_the_phrase_of_its_likeliest_token(
     ]
 
 
+def test_a_full_stop_in_a_label_shifts_no_phrase(detectors: dict[str, TransformersDetector]) -> None:
+    detector, media = detectors["grounding-dino"], media_of(1)
+    dotted, plain = ["traffic. light", "cat", "mouse."], ["traffic light", "cat", "mouse"]
+    found, expected = (detector.detect(media, [labels])[0] for labels in (dotted, plain))
+    renamed = dict(zip(plain, dotted, strict=True))
+    assert len({one.label for one in found}) > 1
+    assert [(one.label, one.confidence) for one in found] == [(renamed[o.label], o.confidence) for o in expected]
+
+
 def test_the_floor_drops_what_is_less_sure(folders: dict[str, Path]) -> None:
     low, high = (TransformersDetector(str(folders["owlv2"]), floor=f).detect(media_of(1), [ASKED])[0] for f in (0, 0.5))
     assert 0 < len(high) < len(low)

@@ -373,5 +373,8 @@ def test_the_gate_is_on_the_rows_that_disagree_most() -> None:
     assert shaping.gate(double(0.1, torch.nan, 0.9, -1), 0.5).tolist() == [True, False, True, False]
     assert shaping.gate(double(0.1, 0.2)).tolist() == [False, True]
     assert not shaping.gate(double(0.1, 0.2), 0).any()
+    assert shaping.gate(double(0.1, 0.2), 1e-9).sum() == 1
+    for count in range(1, 101):
+        assert shaping.gate(torch.arange(100.0), count / 100).sum() == count  # 0.07 * 100 is a little over 7
     with pytest.raises(ConfigError, match="share"):
         shaping.gate(double(0.1), 1.5)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from diffalign.cli.score_entry import Entry
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, MediaError
 from diffalign.gallery import rows
 
 if TYPE_CHECKING:
+    from diffalign.cases import Case
     from diffalign.cli.score_pass import Column
     from diffalign.cli.score_sources import Found
 
@@ -80,14 +82,15 @@ def add(
     import torch
 
     from diffalign import calibration
-    from diffalign.cases import Case
     from diffalign.cli.score_shown import show_references
+    from diffalign.score_cache import PICTURES
     from diffalign.scoring import Score
 
-    cases = [Case(prompt=entry.prompt) for entry in entries]
     tables = []
     for column in columns:
         total = torch.tensor([torch.nan if value is None else value for value in column.values])
+        pictures = not set(PICTURES).isdisjoint(calibration.reads_of(column.reward))
+        cases = (_case(entry, pictures) for entry in entries)
         tables.append(calibration.measure(column.reward, base, cases, Score(total)))
     calibration.write_tables(path, tables)
     names = {column.name for column in columns}
@@ -95,6 +98,16 @@ def add(
     show_references(written)
     print(f"references in {path}, of {_said(base)}")
     return written
+
+
+def _case(entry: Entry, pictures: bool) -> Case:
+    """What was asked of an image, with its pictures where they count; an image that cannot be read has none."""
+    from diffalign.cases import Case
+
+    if pictures and entry.inputs:
+        with suppress(MediaError):
+            return entry.load()[1]
+    return Case(prompt=entry.prompt, metadata=entry.metadata)
 
 
 def _row(table: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from diffalign.cases import Case
 from diffalign.cli.score_entry import Entry
 from diffalign.cli.score_tables import named_inputs
-from diffalign.data.prompt_sets import read_prompts
 from diffalign.errors import ConfigError
 
 NAMED = ("file", "image", "file_name")  # what may hold the name of the image a prompt belongs to
@@ -17,6 +16,8 @@ NAMED = ("file", "image", "file_name")  # what may hold the name of the image a 
 
 def read(path: Path) -> list[Case]:
     """The cases of a prompt file; the one place here that knows their formats."""
+    from diffalign.data.prompt_sets import read_prompts
+
     return read_prompts(path)
 
 

@@ -90,6 +90,8 @@ def hpdv3(path: str | Path, root: Path | None) -> Iterator[Comparison]:
         votes = row.numbers("choice_dist") if "choice_dist" in row else []
         if votes and (len(votes) != 2 or min(votes) < 0 or not sum(votes)):
             raise row.error(f"has the votes {votes}; 'choice_dist' counts those for either picture.")
+        if votes and votes[0] < votes[1]:
+            raise row.error(f"has the votes {votes}, which contradict 'path1': it is the preferred picture.")
         share = max(votes) / sum(votes) if votes else None
         told = row.number("confidence") if "confidence" in row else share
         ranks = (1, 1) if votes and votes[0] == votes[1] else (1, 2)
@@ -109,6 +111,8 @@ def imagereward(path: str | Path, root: Path | None) -> Iterator[Comparison]:
         number = row.text_or("prompt_id") or row.text("prompt_id")
         column = "image" if "image" in row else "image_path"
         group = waiting.setdefault(number, [])
+        if group and group[0][0].text("prompt") != row.text("prompt"):
+            raise row.error(f"has another prompt than {group[0][0].where}, but the same prompt_id '{number}'.")
         group.append((row, Picture.of(row, column, root=root), row.number("rank")))
         whole = row.number("image_amount_in_total") if "image_amount_in_total" in row else None
         if len(group) == whole:

@@ -16,7 +16,6 @@ from diffalign.data.row import Row
 from diffalign.data.tables import first_row, read_rows, read_texts
 from diffalign.errors import ConfigError
 
-RELATIONS = ("left of", "right of", "above", "below")
 _COMPBENCH = re.compile(
     r"^(3d_spatial|non_spatial|spatial|color|shape|texture|numeracy|complex)"
     r"(?:_(train|val|test))?(?:_(?:seen|unseen|action|spatial|spatialaction))?$"
@@ -25,45 +24,20 @@ _COMPBENCH = re.compile(
 
 def geneval(path: Path) -> Iterator[Case]:
     """What must be there (`include`, all of it) and what must not (`exclude`, none of it), as the benchmark has it."""
+    from diffalign.rules.geneval import read_request  # imports torch
+
     for row in read_rows(path):
         include, excluded = row.several("include"), row.several("exclude") if "exclude" in row else []
         if not include:
             raise row.error("includes nothing, so every picture would pass.")
-        told = {
-            **{str(name): value for name, value in row.values.items() if _is_plain(value)},
-            "tag": row.text("tag"),
-            "prompt": row.text("prompt"),
-            "include": [_clause(row, clause, before=k) for k, clause in enumerate(include)],
-            "exclude": [_clause(row, clause, before=0) for clause in excluded],
-        }
-        yield Case(prompt=row.text("prompt"), metadata=told)
-
-
-def _clause(row: Row, clause: Any, before: int) -> dict[str, Any]:
-    """{class, count, color?, position?: [relation, which earlier include]}, checked."""
-    if not isinstance(clause, dict):
-        raise row.error(f"has {str(clause)[:60]!r} where a class with its count belongs.")
-    name, count, colour = clause.get("class"), clause.get("count", 1), clause.get("color")
-    if not isinstance(name, str) or not name:
-        raise row.error("has a clause without a class.")
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1000:
-        raise row.error(f"asks for {str(count)[:20]!r} of '{name[:40]}', but a count is a whole number above 0.")
-    if colour is not None and not isinstance(colour, str):
-        raise row.error(f"gives '{name[:40]}' a colour that is no text.")
-    told = {"class": name, "count": count} | ({"color": colour} if colour else {})
-    if (position := clause.get("position")) is not None:
-        if (
-            not isinstance(position, list)
-            or len(position) != 2
-            or position[0] not in RELATIONS
-            or type(position[1]) is not int
-            or not 0 <= position[1] < before
-        ):
-            raise row.error(
-                f"has no position such as ['left of', 0] that names an earlier include: {str(position)[:60]}"
-            )
-        told["position"] = list(position)
-    return told
+        clauses = {"tag": row.text("tag"), "include": include, "exclude": excluded}
+        try:
+            read_request(clauses)
+        except ConfigError as e:
+            raise row.error(f"asks for what GenEval cannot judge: {e}") from e
+        plain = {str(name): value for name, value in row.values.items() if _is_plain(value)}
+        told = {**plain, **clauses, "prompt": row.text("prompt")}
+        yield Case(prompt=row.text("prompt"), metadata=_with_whole_seed(row, told))
 
 
 def compbench_name(path: Path) -> re.Match[str] | None:
@@ -85,14 +59,16 @@ def drawbench(path: Path) -> Iterator[Case]:
 
 
 def ocr(path: Path) -> Iterator[Case]:
+    from diffalign.rules.text import normal, quoted  # imports torch
+
     for case in read_cases(path):
-        _, *quoted = case.prompt.split('"')  # the first pair counts
-        if len(quoted) < 2 or not quoted[0].strip():
+        words = next(iter(quoted(case.prompt)), "")  # the first pair counts
+        if not normal(words):
             raise ConfigError(
                 f"'{path}' has a prompt without words in double quotes, so there is nothing to read: "
                 f"'{case.prompt[:80]}'. For prompts of another sort say format='plain'."
             )
-        yield replace(case, metadata={"text": quoted[0], "kind": "text"})
+        yield replace(case, metadata={"text": words, "kind": "text"})
 
 
 def is_hpd(path: Path) -> bool:
@@ -158,7 +134,12 @@ def table(path: Path) -> Iterator[Case]:
         if column is None:
             raise row.error("has no column 'prompt', 'caption' or 'text'.")
         rest = {str(name).lower(): v for name, v in row.values.items() if name != column and _is_plain(v)}
-        yield Case(prompt=row.text(column), metadata=rest)
+        yield Case(prompt=row.text(column), metadata=_with_whole_seed(row, rest))
+
+
+def _with_whole_seed(row: Row, told: dict[str, Any]) -> dict[str, Any]:
+    """Metadata whose `seed`, if there is one, is a whole number; `read_prompts` gives it to the case."""
+    return told | {"seed": row.as_whole(told["seed"], "seed")} if "seed" in told else told
 
 
 def _is_plain(value: Any) -> bool:

@@ -10,7 +10,7 @@
 - `pickapic`: Pick-a-Pic's parquet shards, each caption once.
 - `editreward`: EditReward-Bench's shards, each instruction with its input_image once; that is the case's source.
   Metadata: task_type.
-- `table`: any table with a column prompt, caption or text. Metadata: all other plain values.
+- `table`: any table with a column prompt, caption or text, optional seed. Metadata: all other plain values.
 - `plain`: .txt with a prompt a line, or .jsonl with a prompt and optional seed and metadata.
 
 The metadata `kind` says what a prompt tests in one vocabulary: counting, spatial, colour, text, ... (see kinds.py).
@@ -47,7 +47,10 @@ ALONE = (".txt", ".json", ".jsonl", ".csv", ".tsv")  # in a folder, each such fi
 
 
 def read_prompts(path: str | Path, format: str | None = None, seed: int = 0, *, limit: int | None = None) -> list[Case]:
-    """The cases of a file or folder, seeds counting up from `seed`; `format` is told from name and content."""
+    """The cases of a file or folder; `format` is told from name and content.
+
+    Seeds count up from `seed` where a row has none of its own.
+    """
     if format is not None and format not in FORMATS:
         raise UnknownName.among("prompt format", format, FORMATS, "python -m pydoc diffalign.data.prompt_sets")
     found: list[Case] = []
@@ -58,7 +61,7 @@ def read_prompts(path: str | Path, format: str | None = None, seed: int = 0, *, 
         else:
             room = None if limit is None else max(limit - len(found), 0)
             cases = itertools.islice(FORMATS[name](place), room)
-            found += [case.with_seed(first + k) for k, case in enumerate(cases)]
+            found += [_seeded(case, first + k) for k, case in enumerate(cases)]
     if not found:
         raise ConfigError(f"'{path}' holds no prompt. Is it the file you meant?")
     return [_with_kind(case) for case in found[:limit]]
@@ -106,6 +109,12 @@ def _places(path: Path) -> list[Path]:
     else:
         files = [Path(file) for file in glob.glob(str(path)) if Path(file).suffix.lower() in ALONE]
     return sorted(files) or [path]
+
+
+def _seeded(case: Case, seed: int) -> Case:
+    """The case with the seed of its own row, else with this one."""
+    told = dict(case.metadata)
+    return replace(case, seed=told.pop("seed", seed), metadata=told)
 
 
 def _with_kind(case: Case) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,13 @@ class Row:
         if not math.isfinite(found):
             raise self.error(f"has no number under '{name}', but {_short(value)}.")
         return found
+
+    def as_whole(self, value: Any, name: str) -> int:
+        """A whole number, also one written as text."""
+        if isinstance(value, int | str) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):
+                return int(value)
+        raise self.error(f"has no whole number under '{name}', but {_short(value)}.")
 
     def same_length(self, names: str, *lists: Sequence[Any], least: int = 2) -> None:
         """Refuse lists that do not belong together, or that hold too little to compare."""

@@ -7,9 +7,11 @@ A request has clauses: all of `include` must hold, none of `exclude`. An include
 class, and looks for colour and position at its `count` most confident ones only.
 
 Where we differ: the soft score has exactly one term a clause, each in [0, 1], and counts excludes; a relation holds
-only where both of its sides hold, count and colour included. `flow_grpo_compat` brings back the published score: terms
-below 0 where too many objects are found, a failed relation that adds a 0 and then a 1, excludes that do not count, and
-a verdict that wants exact counts.
+only where both of its sides hold, count and colour included. It is 1 exactly where the verdict is a pass: more objects
+than an include wants cost nothing, unless an exclude of `count + 1` of the same class makes the count exact.
+`flow_grpo_compat` brings back the published score: counts that are always exact, terms below 0 where too many objects
+are found, a failed relation that adds a 0 and then a 1, excludes that do not count, and a verdict that wants exact
+counts.
 """
 
 from __future__ import annotations
@@ -140,13 +142,12 @@ def relations(a: Box, b: Box, margin: float = MARGIN) -> set[str]:
 
 def judge(request: Request, found: Mapping[str, Sequence[Detection]], *, flow_grpo_compat: bool = False) -> Verdict:
     """Hold what `select` kept against what was asked; objects of a coloured include carry their colours."""
+    groups = _groups(request, found, exact=flow_grpo_compat)
     if flow_grpo_compat:
-        groups = _groups(request, found, exact=True)
         return Verdict(None not in groups, tuple(_published_terms(request, found, groups)))
     absent = [len(found.get(clause.label, ())) < clause.count for clause in request.exclude]
-    strict = None not in _groups(request, found, exact=False) and all(absent)
-    terms = [*_terms(request, found), *(("exclude", float(holds)) for holds in absent)]
-    return Verdict(strict, tuple(terms))
+    terms = [*_terms(request, found, groups), *(("exclude", float(holds)) for holds in absent)]
+    return Verdict(None not in groups and all(absent), tuple(terms))
 
 
 def task_scores(rows: Iterable[tuple[str, float]]) -> tuple[dict[str, float], float]:
@@ -162,14 +163,19 @@ def task_scores(rows: Iterable[tuple[str, float]]) -> tuple[dict[str, float], fl
 def _groups(
     request: Request, found: Mapping[str, Sequence[Detection]], *, exact: bool
 ) -> list[Sequence[Detection] | None]:
-    """The objects that fulfil each include, None where they do not."""
+    """The objects that fulfil each include, None where they do not; `exact` counts, or those the request makes so."""
     groups: list[Sequence[Detection] | None] = []
     for want in request.include:
         objects = found.get(want.label, ())
-        objects = objects if exact else objects[: want.count]
+        objects = objects if exact or _is_exact(request, want) else objects[: want.count]
         fits = len(objects) == want.count and _coloured(want, objects) == want.count
         groups.append(objects if fits and _placed(want, objects, groups) else None)
     return groups
+
+
+def _is_exact(request: Request, want: Include) -> bool:
+    """Whether an exclude forbids one more than the include wants, as prompts that count have it."""
+    return Exclude(want.label, want.count + 1) in request.exclude
 
 
 def _coloured(want: Include, objects: Sequence[Detection]) -> int:
@@ -185,11 +191,13 @@ def _placed(want: Include, objects: Sequence[Detection], groups: Sequence[Sequen
     return others is not None and all(relation in relations(a.box, b.box) for a in objects for b in others)
 
 
-def _terms(request: Request, found: Mapping[str, Sequence[Detection]]) -> Iterable[tuple[str, float]]:
+def _terms(
+    request: Request, found: Mapping[str, Sequence[Detection]], groups: Sequence[Sequence[Detection] | None]
+) -> Iterable[tuple[str, float]]:
     """One term a clause, in [0, 1]; colour and position are 0 where the count is wrong."""
-    groups = _groups(request, found, exact=True)
     for want, group in zip(request.include, groups, strict=True):
         objects = found.get(want.label, ())
+        objects = objects if _is_exact(request, want) else objects[: want.count]
         yield "count", max(0.0, 1 - abs(want.count - len(objects)) / want.count)
         if want.colour:
             yield "colour", _coloured(want, objects) / want.count if len(objects) == want.count else 0.0

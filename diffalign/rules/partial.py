@@ -76,8 +76,8 @@ def _kept(term: Tensor, keep: Tensor, monitor: Tensor) -> Tensor:
 
 
 def group_reference(length: Tensor, correct: Tensor, group: Tensor) -> Tensor:
-    """The mean length of the correct samples of each sample's group (N,); NaN where the group has none."""
-    same = group[:, None] == group  # (N, N)
+    """The mean length of the correct samples of each sample's group (N,), where known; NaN where the group has none."""
+    same, correct = group[:, None] == group, correct & length.isfinite()  # (N, N), (N,)
     counted = (same & correct).to(length.dtype)
     return (counted @ length.where(correct, 0.0)) / counted.sum(1)
 

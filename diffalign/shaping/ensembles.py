@@ -18,6 +18,7 @@ from torch import Tensor
 from diffalign.errors import ConfigError
 from diffalign.shaping.references import real
 
+_EXACT = 1e-12  # share of a product of floats by which it may miss the whole number that it stands for
 _ROUNDING = 1e-6  # how far a float32 sum of weights may lie from the one half it stands for
 
 
@@ -86,7 +87,7 @@ def gate(disagreement: Tensor, share: float = 0.1) -> Tensor:
         raise ConfigError(f"share is {share}, but a share of rows lies in [0, 1].")
     known = ~disagreement.isnan()
     order = torch.where(known, disagreement, -torch.inf).argsort(descending=True, stable=True)
-    return order.argsort() < math.ceil(share * int(known.sum()))
+    return order.argsort() < math.ceil(share * int(known.sum()) * (1 - _EXACT))
 
 
 def _members(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

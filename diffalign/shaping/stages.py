@@ -1,7 +1,7 @@
 """Shaping as a list of named stages: what each takes, in which order they may stand, and what they do.
 
-For each member an optional `clip`, an optional calibration, and then `tilt` or `clip`; exactly one rule that combines
-the members; `tilt` or `clip` for the total.
+For each member an optional `clip`, an optional calibration, and then `tilt` and `clip`; exactly one rule that combines
+the members; `tilt` and `clip` for the total.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from diffalign.shaping import ensembles, references
 
 Range = tuple[float, float]
 LEGAL = (
-    "A legal order is, for each member: clip, then one of cdf, zscore, par, centred or lsc, then tilt or clip, each of "
-    "them optional; then exactly one of sum, mean, min, uncertainty, lcb, softmin or median; then tilt or clip for the "
-    "total. For instance [cdf, mean]."
+    "A legal order is, for each member: clip, then one of cdf, zscore, par, centred or lsc, then tilt and clip in "
+    "either order, each of them optional and once; then exactly one of sum, mean, min, uncertainty, lcb, softmin or "
+    "median; then tilt and clip for the total, again as you like. For instance [cdf, mean]."
 )
 
 
@@ -150,6 +150,8 @@ def plan(stages: Sequence[str | Mapping[str, Any]]) -> Plan:
     cut = rules[0] if rules else len(names)
     before, after = names[:cut], names[cut + 1 :]
     calibrations, late = ([name for name in side if name in CALIBRATIONS] for side in (before, after))
+    turn = before.index(calibrations[0]) if calibrations else 0
+    first, second = before[:turn], before[turn:]
     why = ""
     if len(rules) != 1:
         why = f"combine {len(rules)} times, but members become one total exactly once"
@@ -157,10 +159,10 @@ def plan(stages: Sequence[str | Mapping[str, Any]]) -> Plan:
         why = f"have {late[0]} after {names[cut]}, but a total has no references: calibrate the members"
     elif len(calibrations) > 1:
         why = f"calibrate twice ({', '.join(calibrations)}), but the first puts the members on one scale already"
-    elif calibrations and "tilt" in before[: before.index(calibrations[0])]:
+    elif "tilt" in first:
         why = f"tilt before {calibrations[0]}, but tilt reads calibrated values"
-    elif len(set(before)) < len(before) or len(set(after)) < len(after):
-        why = "repeat a stage on one side of the combination, so its part would have two meanings"
+    elif any(len(set(part)) < len(part) for part in (first, second, after)):
+        why = "repeat a stage with no calibration or combination between, where one of them would do"
     if why:
         raise ConfigError(f"the stages [{', '.join(names)}] {why}. {LEGAL}")
     return Plan(tuple(found[:cut]), found[cut], tuple(found[cut + 1 :]))

@@ -72,6 +72,22 @@ def test_hpdv3_prefers_the_first_path_unless_the_votes_are_even(tmp_path):
     assert colours(found[0]) == [RED, BLUE]
 
 
+def test_hpdv3_votes_against_the_first_path_are_refused(tmp_path):
+    row = {"prompt": "p", "path1": "1.png", "path2": "2.png"}
+    path = jsonl(tmp_path / "test.jsonl", [{**row, "choice_dist": [9, 3]}, {**row, "choice_dist": [3, 9]}])
+    with pytest.raises(ConfigError, match=r"test\.jsonl:2 has the votes \[3.0, 9.0\], which contradict 'path1'"):
+        list(read_comparisons(path, "hpdv3"))
+
+
+def test_imagereward_rows_of_one_prompt_have_one_prompt(tmp_path):
+    row = {"prompt_id": "1", "prompt": "p", "rank": 1, "image_path": "a.png"}
+    path = jsonl(tmp_path / "a.jsonl", [row, {**row, "prompt": "q", "rank": 2}])
+    with pytest.raises(
+        ConfigError, match=r"a\.jsonl:2 has another prompt than .*a\.jsonl:1, but the same prompt_id '1'"
+    ):
+        list(read_comparisons(path, "imagereward"))
+
+
 def test_imagereward_groups_rows_by_prompt_wherever_they_stand(tmp_path):
     row = {"prompt": "p", "classification": "Outdoor Scenes", "image_amount_in_total": 2}
     name = "images/test/test_1/{}.png"

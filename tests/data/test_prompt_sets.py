@@ -47,12 +47,17 @@ def test_geneval_rows_that_exclude_nothing_say_so(tmp_path):
         {"include": [{"class": "dog", "count": 0}]},
         {"include": [{"class": "dog", "count": True}]},
         {"include": [{"class": "dog", "count": 1, "color": 3}]},
+        {"include": [{"class": "dog", "count": 1, "color": "mauve"}]},
+        {"include": [{"class": "dog", "count": 1, "colour": "red"}]},
         {"include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]},
         {"include": [{"class": "dog"}, {"class": "cat", "position": ["near", 0]}]},
         {"include": ["dog"]},
         {"exclude": "dog"},
         {"prompt": " "},
         {"tag": None},
+        {"seed": 1.5},
+        {"seed": "one"},
+        {"seed": True},
     ],
 )
 def test_a_broken_geneval_row_is_named(tmp_path, change):
@@ -109,6 +114,11 @@ def test_ocr_prompts_bring_what_is_to_be_written(tmp_path):
     path.write_text("A sign\n")
     with pytest.raises(ConfigError, match="double quotes"):
         read_prompts(path)
+    path.write_text('A sign that says “Hello”.\nA sign «World» and "more".\n')
+    assert [case.metadata["text"] for case in read_prompts(path)] == ["Hello", "World"]
+    path.write_text("A sign that says “ ”.\n")
+    with pytest.raises(ConfigError, match="double quotes"):
+        read_prompts(path)
 
 
 def test_hpd_prompts_carry_their_style(tmp_path):
@@ -142,6 +152,20 @@ def test_any_table_with_prompts_will_do(tmp_path):
     path = tmp_path / "parti.tsv"
     path.write_text("Prompt\tCategory\tChallenge\na bear\tAnimals\tQuantity\n")
     assert read_prompts(path)[0].metadata == {"category": "Animals", "challenge": "Quantity", "kind": "animals"}
+
+
+def test_rows_may_have_seeds_of_their_own(tmp_path):
+    path = tmp_path / "parti.csv"
+    path.write_text("prompt,Seed,tag\na,7,counting\nb,,counting\n")
+    assert [(c.seed, c.metadata) for c in read_prompts(path, seed=3)] == [
+        (7, {"tag": "counting", "kind": "counting"}),
+        (4, {"tag": "counting", "kind": "counting"}),
+    ]
+    path.write_text("prompt,seed\na,7\nb,x\n")
+    with pytest.raises(ConfigError, match=r"parti\.csv:3 has no whole number under 'seed', but 'x'"):
+        read_prompts(path)
+    first, second = read_prompts(jsonl(tmp_path / "g.jsonl", [{**GENEVAL, "seed": 9}, GENEVAL]), seed=3)
+    assert (first.seed, second.seed, first.metadata) == (9, 4, {**GENEVAL, "kind": "spatial"})
 
 
 def test_plain_files_are_read_as_everywhere(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +133,14 @@ def test_windows_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
 def test_a_target_of_0_or_no_number_gives_no_score() -> None:
     masked = make_reward({"masked": {"inner": Told("reward"), "monitor": Told("size"), "target": "usual"}})
     assert not rated(masked, cases_of(reward=[1], size=[1], usual=[0])).valid.any()
-    with pytest.raises(ConfigError, match="the metadata 'usual' of 'p0' is 'big', not a number"):
-        rated(masked, cases_of(reward=[1], size=[1], usual=["big"]))
+    assert not rated(masked, cases_of(reward=[1], size=[1], usual=[None])).valid.any()
+
+
+@pytest.mark.parametrize("target", ["big", "12", True, [1.0], {}, 10**400])
+def test_a_target_that_is_no_number_is_named(target: Any) -> None:
+    masked = make_reward({"masked": {"inner": Told("reward"), "monitor": Told("size"), "target": "usual"}})
+    with pytest.raises(ConfigError, match=f"the metadata 'usual' of 'p0' is {re.escape(repr(target)[:60])}, not a num"):
+        rated(masked, cases_of(reward=[1], size=[1], usual=[target]))
 
 
 ALL: dict[str, Any] = {
@@ -174,6 +182,23 @@ def test_the_gradient_reaches_the_pixels_of_valid_rows(name: str) -> None:
     assert torch.equal(gradient.flatten(1).any(1), counted)
 
 
+@pytest.mark.parametrize("rule", ["psnr", "ssim"])
+@pytest.mark.parametrize("name", ["hybrid", "router"])
+def test_a_row_that_cannot_be_judged_spoils_no_gradient_that_rows_share(name: str, rule: str) -> None:
+    masked = {rule: {"mask": "edit"}}
+    specs: dict[str, Any] = {
+        "hybrid": {"rule": masked, "model": "brightness", "confidence": 0.5},
+        "router": {"routes": {"light": "brightness"}, "default": masked},
+    }
+    image, shared = Image.new("RGB", (12, 12), (90, 120, 150)), torch.tensor(0.5, requires_grad=True)
+    cases = [Case(prompt="", reference=image, metadata={"edit": torch.full((12, 12), k)}) for k in (0.0, 1.0)]
+    found = score(make_reward({name: specs[name]}), shared * torch.ones(2, 3, 12, 12), cases)
+    assert found.valid.tolist() == [True, name == "hybrid"]
+    found.total[found.valid].sum().backward()
+    assert shared.grad is not None
+    assert shared.grad.isfinite()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_parts_are_cached_one_by_one(name: str, tmp_path: Path) -> None:
     reward, media, cases = make_reward({name: ALL[name]}), media_of(4), real_cases()
@@ -189,3 +214,73 @@ def test_parts_are_cached_one_by_one(name: str, tmp_path: Path) -> None:
 def test_a_part_that_does_not_exist_is_named() -> None:
     with pytest.raises(UnknownName, match="no reward called 'clp'"):
         make_reward({"hybrid": {"rule": "clp", "model": "brightness"}})
+
+
+class Counted(Told):
+    """Has an identity, so that equal ones are one reward."""
+
+    version = "1"
+
+
+def twice_over(rule: Told, term: Told) -> Any:
+    """One reward as a monitor and what it watches, as a term, and as the rule of a hybrid."""
+    masked = {"masked": {"inner": rule, "monitor": rule, "target": 1.0, "low": 0.0}}
+    hybrid = {"hybrid": {"rule": term, "model": Told("model")}}
+    return make_reward({"partial": {"terms": {"a": masked, "b": term, "c": hybrid}}})
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_reward_in_several_places_is_asked_once_a_row_within_one_call(chunk: int | None) -> None:
+    alone, twin = Counted("rule"), Counted("rule")
+    reward, media = twice_over(alone, twin), media_of(4)
+    cases = cases_of(rule=[0.25, 1.5, NAN, 0.5], model=[0.1, 0.2, 0.3, 0.4])
+    found = score(reward, media, cases, chunk=chunk)
+    assert sorted(alone.seen + twin.seen) == ["p0", "p1", "p2", "p3"]
+    assert same(found.total, 0.75, 4.5, NAN, 1.5)
+    assert same(found.parts["c"], 0.25, 1.5, 0.3, 0.5)
+    score(reward, media, cases)
+    assert len(alone.seen + twin.seen) == 8  # nothing is kept from call to call
+
+
+def test_rewards_without_an_identity_are_one_only_where_they_are_the_same_object() -> None:
+    one, two = Told("rule"), Told("rule")
+    rated(twice_over(one, one), cases_of(rule=[0.25, 0.5]))
+    assert one.seen == ["p0", "p1"]
+    rated(twice_over(two, Told("rule")), cases_of(rule=[0.25, 0.5]))
+    assert two.seen == ["p0", "p1"]
+
+
+def test_equal_pictures_of_two_cases_are_two_rows_and_frames_are_rows_too() -> None:
+    reward = Counted("rule")
+    media = media_of(1).expand(2, -1, -1, -1)
+    assert same(score(twice_over(reward, reward), media, cases_of(rule=[0.25, 0.5])).total, 0.75, 1.5)
+    video = torch.rand(2, 3, 3, 8, 8)
+    light = make_reward({"partial": {"terms": {"a": "brightness", "b": "brightness"}}})
+    expected = 2 * score(make_reward("brightness"), video, [Case(prompt="")] * 2).total
+    assert torch.allclose(score(light, video, [Case(prompt="")] * 2).total, expected)
+
+
+def test_a_gradient_reaches_every_place_and_every_row() -> None:
+    reward = make_reward({"partial": {"terms": {"a": "brightness", "b": {"masked": {
+        "inner": "brightness", "monitor": "brightness", "target": 1.0, "low": 0.0}}}}})  # fmt: skip
+    media = media_of(1).repeat(2, 1, 1, 1).requires_grad_()
+    score(reward, media, [Case(prompt="")] * 2).total.sum().backward()
+    assert media.grad is not None
+    assert torch.allclose(media.grad.sum((1, 2, 3)), torch.tensor([2.0, 2.0]), atol=1e-4)
+
+
+def test_a_route_of_edits_asks_a_source_of_its_own_rows_only() -> None:
+    edits = Told("edits")
+    edits.modality = "edit"
+    router = make_reward({"router": {"routes": {"edit": edits, "draw": Told("draw")}}})
+    cases = cases_of(kind=["draw", "edit"], draw=[0.5, 9], edits=[9, 0.25])
+    with pytest.raises(ConfigError, match="'edits' judges edits, but a case has no source image"):
+        rated(router, cases)
+    cases[1] = replace(cases[1], source=Image.new("RGB", (8, 8)))
+    assert same(rated(router, cases).total, 0.5, 0.25)
+    assert router.modality == "image"
+    assert make_reward({"router": {"routes": {"edit": edits}}}).modality == "edit"
+    both = make_reward([edits, Told("draw")])
+    assert both.modality == "edit"
+    with pytest.raises(ConfigError, match="no source image"):
+        rated(both, cases[:1])

@@ -98,25 +98,26 @@ def test_metadata_of_geneval_is_judged_with_the_detector_given() -> None:
     case = Case(prompt="a dog", metadata={"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}]})
     found = make_reward({"geneval": {"detector": detector}})(torch.rand(2, 3, 20, 20), [case] * 2)
     assert found.parts["strict"].tolist() == [1, 1]
-    assert found.total.tolist() == [0, 0]  # two dogs for one
+    assert found.total.tolist() == [1, 1]  # the second dog is no less red, and nothing forbids it
     assert detector.asked == [("dog",), ("dog",)]
 
 
 def test_options_reach_the_rules() -> None:
-    counting = Case(prompt="", metadata={"tag": "counting", "include": [{"class": "dog", "count": 2}]})
+    two, too_many = [{"class": "dog", "count": 2}], [{"class": "dog", "count": 3}]
+    counting = Case(prompt="", metadata={"tag": "counting", "include": two, "exclude": too_many})
     three = Fixed(dog(), dog(0.8), dog(0.31), dog(0.2), dog(0.2))
 
     def total(**options: Any) -> float:
         made = make_reward({"geneval": {"detector": three, **options}})
         return float(made(torch.rand(1, 3, 20, 20), [counting]).total)
 
-    assert total() == 0.5  # only one is surer than .9
+    assert total() == 0.75  # only one is surer than .9
     assert total(counting_confidence=0.5) == 1
-    assert total(counting_confidence=0.3) == 0.5
+    assert total(counting_confidence=0.3) == 0.25
     assert total(counting_confidence=0.1) == 0
     assert total(counting_confidence=0.1, flow_grpo_compat=True) == -0.5
     assert total(counting_confidence=0.1, most=2) == 1
-    assert total(counting_confidence=0.1, nms=0.9) == 0.5
+    assert total(counting_confidence=0.1, nms=0.9) == 0.75
     assert total(score="strict") == 0
     assert make_reward({"geneval": {"flow_grpo_compat": True}}).range is None
 

@@ -171,6 +171,54 @@ def test_a_clip_before_a_calibration_clips_the_references_too(references: str) -
     assert torch.allclose(scaled.total, expected, atol=1e-5)
 
 
+def test_a_clip_on_either_side_of_a_calibration_has_two_meanings_and_two_parts(references: str) -> None:
+    stages = [{"clip": {"low": 0.5}}, "zscore", {"clip": {"high": 0.2}}, "mean"]
+    found = score(mixture(RED, table=references, stages=stages), media_of(9), cases_of(9))
+    assert torch.equal(found.parts["red/clip"], found.parts["red"].clamp(min=0.5))
+    assert torch.equal(found.parts["red/clip_2"], found.parts["red/zscore"].clamp(max=0.2))
+    assert torch.equal(found.total, found.parts["red/clip_2"])
+
+
+def test_tilt_and_clip_may_follow_a_calibration_in_either_order(references: str) -> None:
+    tilt, clip = {"tilt": 2}, {"clip": {"low": 0.2, "high": 0.7}}
+    media, cases = media_of(9), cases_of(9)
+    u = score(mixture(RED, table=references), media, cases).total
+    one = score(mixture(RED, table=references, stages=["cdf", tilt, clip, "mean"]), media, cases).total
+    two = score(mixture(RED, table=references, stages=["cdf", clip, tilt, "mean"]), media, cases).total
+    assert torch.allclose(one, shaping.tilt(u, 2).clamp(0.2, 0.7))
+    assert torch.allclose(two, shaping.tilt(u.clamp(0.2, 0.7), 2))
+
+
+def test_a_member_may_have_the_name_of_a_stage() -> None:
+    found = score(mixture(Channel("clip", 0), stages=[{"clip": {"low": 0.5}}, "mean"]), media_of(4), cases_of(4))
+    assert torch.equal(found.parts["clip/clip"], found.parts["clip"].clamp(min=0.5))
+
+
+@pytest.mark.parametrize("stage", ["cdf", {"cdf": "smooth"}, "zscore", "par", {"par": {"k": 3}}, "centred", "lsc"])
+def test_a_prompt_without_references_is_invalid_where_it_shall_be(references: str, stage: Any) -> None:
+    cases = [Case(prompt="a"), Case(prompt="unseen")]
+    strict = mixture(RED, table=references, stages=[stage, "mean"], unseen="invalid")
+    assert score(strict, media_of(2), cases).valid.tolist() == [True, False]
+    alone = score(strict, media_of(1), cases[1:], all_invalid=True)
+    assert not alone.valid.any()
+    assert score(mixture(RED, table=references, stages=[stage, "mean"]), media_of(2), cases).valid.all()
+
+
+def test_each_case_meets_the_references_of_what_it_asks(folder: Path) -> None:
+    class Wanted(Channel):
+        reads = ("wanted",)
+
+    reward = Wanted("wanted", 0)
+    asked = [Case(prompt="a", metadata={"wanted": k % 2, "index": k}) for k in range(4)]
+    media = media_of(4)
+    media[::2] *= 0.1
+    path = folder / "wanted.json"
+    write_tables(path, [measure(reward, {}, asked, score(reward, media, asked))])
+    dark = media[:1].expand(2, -1, -1, -1)
+    found = score(mixture(reward, table=str(path), unseen="error"), dark, asked[2:]).total
+    assert found[0] > found[1]
+
+
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
@@ -181,6 +229,8 @@ def test_a_clip_before_a_calibration_clips_the_references_too(references: str) -
         (["cdf", "zscore", "mean"], "calibrate twice"),
         ([{"tilt": 3}, "cdf", "mean"], "tilt before cdf"),
         ([{"clip": {"low": 0}}, {"clip": {"high": 1}}, "mean"], "repeat a stage"),
+        (["zscore", {"clip": {"low": 0}}, {"clip": {"high": 1}}, "mean"], "repeat a stage"),
+        (["cdf", "mean", {"tilt": 2}, {"tilt": 2}], "repeat a stage"),
         (["cfd", "mean"], "no stage is called 'cfd'"),
         ([{"cdf": "smooth", "tilt": 3}, "mean"], "one name with its options"),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -89,6 +90,8 @@ def test_a_partial_score_lies_in_its_range(weights: list[float], values: list[fl
         ({"anneal": 5}, "none is named"),
         ({"dominance": "check"}, "none is named"),
         ({"bounds": {"near": [1.0, 1.0]}}, "the first is below the second"),
+        ({"bounds": {"near": [0.0, math.nan]}}, "near is 0 to nan"),
+        ({"bounds": {"near": [-math.inf, 0.0]}}, "both are finite"),
     ],
 )
 def test_terms_that_do_not_fit_are_refused(options: dict[str, Any], says: str) -> None:

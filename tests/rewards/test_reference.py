@@ -158,6 +158,27 @@ def test_a_row_without_its_mask_or_without_anything_outside_it_is_invalid(name: 
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_row_with_nothing_outside_its_mask_spoils_no_gradient_that_rows_share(name: str) -> None:
+    shared = torch.tensor(0.5, requires_grad=True)
+    cases = [
+        *cases_for(media_of(1), edit=torch.zeros(SIDE, SIDE)),
+        *cases_for(media_of(1), edit=torch.ones(SIDE, SIDE)),
+    ]
+    found = score(made(name, mask="edit"), shared * media_of(2, 1), cases)
+    assert found.valid.tolist() == [True, False]
+    found.total[found.valid].sum().backward()
+    assert shared.grad is not None
+    assert shared.grad.isfinite()
+    assert shared.grad != 0
+
+
+@pytest.mark.parametrize("mask", [[[0.0, 1.0], [0.0]], {"box": 1}, [["x"]], [[10**400]], [[]], True, b"0"])
+def test_a_mask_that_is_no_plane_of_numbers_is_one_clear_error(mask: Any) -> None:
+    with pytest.raises(ConfigError, match=r"one (number )?per pixel"):
+        score(made("psnr", mask="edit"), media_of(1), cases_for(media_of(1), edit=mask))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_another_size_is_refused_unless_it_may_be_resized(name: str) -> None:
     media, cases = plain(200), [Case(prompt="", reference=Image.new("RGB", (41, 30), (200, 200, 200)))]
     with pytest.raises(ConfigError, match=r"20 x 20 and its reference 41 x 30.*resize=true"):

@@ -105,7 +105,8 @@ def test_the_factors_of_a_video_are_means_over_its_frames() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"complexity_floor": 0.0}, {"tolerance": -1.0}, {"patch": 3}, {"variety_floor": 0.0}]
+    "options",
+    [{"complexity_floor": 0.0}, {"tolerance": -1.0}, {"patch": 3}, {"variety_floor": 0.0}, {"tolerance": torch.nan}],
 )
 def test_settings_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="above 0, and a patch has 4 pixels or more"):

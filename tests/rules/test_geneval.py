@@ -78,16 +78,21 @@ def test_counting_passes_at_exactly_the_count(count: int) -> None:
     assert [verdict(metadata, dogs(n)).soft == 1 for n in (count - 1, count, count + 1)] == passes
 
 
-def test_without_an_exclude_more_than_the_count_passes_but_is_not_perfect() -> None:
-    metadata = {"include": [{"class": "dog", "count": 1}]}
-    found = verdict(metadata, dogs(2))
-    assert (found.strict, found.soft) == (True, 0)
-    assert not verdict(metadata, dogs(2), flow_grpo_compat=True).strict  # exact counts
+def test_without_an_exclude_more_than_the_count_is_perfect_unless_compatible() -> None:
+    metadata = {"include": [{"class": "dog", "count": 2, "color": "red"}]}
+    one, many = dogs(1, colour="red"), dogs(5, colour="red")
+    assert (verdict(metadata, many).strict, verdict(metadata, many).soft) == (True, 1)
+    assert verdict(metadata, one).by_kind() == {"count": 0.5, "colour": 0}
+    published = verdict(metadata, many, flow_grpo_compat=True)
+    assert (published.strict, published.terms) == (False, (("count", -0.5), ("colour", 0)))
+    other = {**metadata, "exclude": [{"class": "dog", "count": 7}, {"class": "cat", "count": 3}]}
+    assert verdict(other, many).soft == 1  # neither exclude is of one more of the same class
 
 
 def test_five_found_for_two_is_clipped_unless_compatible() -> None:
-    metadata = {"include": [{"class": "dog", "count": 2}]}
+    metadata = {"include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]}
     assert verdict(metadata, dogs(5)).soft == 0
+    assert verdict(metadata, dogs(3)).by_kind() == {"count": 0.5, "exclude": 0}
     assert verdict(metadata, dogs(5), flow_grpo_compat=True).soft == -0.5
 
 
@@ -195,6 +200,31 @@ def test_the_soft_score_is_in_the_unit_interval_and_one_only_for_a_pass(
     assert 0 <= clean.soft <= 1
     assert clean.strict or clean.soft < 1
     assert verdict(metadata, detections, flow_grpo_compat=True).soft <= 1
+
+
+name, colour = st.sampled_from(["dog", "cat"]), st.sampled_from([None, "red", "blue"])
+counts = st.integers(1, 3)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> dict[str, Any]:
+    include = []
+    for place in range(draw(st.integers(1, 3))):
+        clause: dict[str, Any] = {"class": draw(name), "count": draw(counts), "color": draw(colour)}
+        if place and draw(st.booleans()):
+            clause["position"] = [draw(st.sampled_from(sorted(OPPOSITE))), draw(st.integers(0, place - 1))]
+        include.append(clause)
+    counted = [{"class": c["class"], "count": c["count"] + 1} for c in include if draw(st.booleans())]
+    others = draw(st.lists(st.fixed_dictionaries({"class": name, "count": counts}), max_size=1))
+    return {"include": include, "exclude": counted + others}
+
+
+@given(metadata=st.one_of(asked, requests()), detections=found)
+def test_the_soft_score_is_one_exactly_where_the_strict_one_passes(
+    metadata: dict[str, Any], detections: list[Detection]
+) -> None:
+    clean = verdict(metadata, detections)
+    assert clean.strict == (clean.soft == 1)
 
 
 @given(metadata=asked, detections=found)

@@ -104,6 +104,12 @@ def test_the_reference_length_is_the_mean_over_the_correct_samples_of_the_group(
     assert length_penalty(length, found)[3] == 0  # no correct sample: skipped
 
 
+def test_a_length_that_is_not_known_spoils_no_reference() -> None:
+    length, group = column(2, NAN, 4, 7, torch.inf), torch.tensor([0, 0, 0, 1, 2])
+    found = group_reference(length, torch.tensor([True] * 5), group)
+    assert same(found, column(3, 3, 3, 7, NAN))
+
+
 @given(rule=numbers, model=numbers, k=st.floats(0, 1, width=32))
 def test_a_hybrid_lies_between_its_sides(rule: float, model: float, k: float) -> None:
     found = float(hybrid(column(rule), column(model), k))
