@@ -142,6 +142,7 @@ class LikelihoodRatio(_Endogenous):
             "levels": list(levels),
             "draws": draws,
             "antithetic": antithetic,
+            "scale": scale,
             "weighting": weighting,
             "convention": convention,
             "empty": empty,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import random
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor
 from diffalign import registry
 from diffalign.cases import Case
 from diffalign.errors import DiffalignError
-from diffalign.scoring import Reward, make_reward, score
+from diffalign.scoring import Composite, Reward, make_reward, score
 from diffalign.vision import read_image, to_tensor
 from tests.rewards import clips
 from tests.rewards.test_hpsv3 import folder as hpsv3_folder
@@ -94,6 +95,20 @@ def pack(
             "likelihood_ratio": {"likelihood_ratio": {"micro_batch": 4}},
         }
         yield {name: make_reward(spec) for name, spec in told.items()}
+
+
+SPEED_ONLY = {"micro_batch", "checkpointing", "workers"}  # they change no score
+PARTS = {"rewards", "inner", "monitor", "rule", "model", "terms", "routes", "default", "similarity", "table"}
+
+
+def test_every_option_of_a_reward_is_part_of_what_tells_its_scores_apart(pack: dict[str, Reward]) -> None:
+    for name, reward in pack.items():
+        if not isinstance(registry.find_reward(name), type):
+            continue  # options of a function are kept for it
+        known = set(inspect.signature(type(reward).__init__).parameters) - {"self"} - SPEED_ONLY
+        if isinstance(reward, Composite):
+            known -= PARTS
+        assert known <= set(getattr(reward, "options", {})), name
 
 
 def drawn_media(draw: random.Random) -> Tensor:
