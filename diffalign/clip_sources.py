@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from diffalign import registry, weights
 from diffalign.errors import ConfigError, HubError, ModelError, UnknownName
-from diffalign.vision import Preprocess, Resize, resize_short_side
+from diffalign.vision import Preprocess
 
 EMBEDDED = "shapes-clip"
 INSTEAD = f"Give a local folder, or leave `model` out to use the embedded '{EMBEDDED}'."
@@ -64,17 +62,6 @@ def settings(file: Path) -> dict[str, Any]:
     return found
 
 
-class FlooredPreprocess(Preprocess):
-    """As `Preprocess`, with the centre crop of transformers: it rounds down where torchvision rounds to even."""
-
-    def _fitted(self, media: Tensor, resized: Resize) -> Tensor:
-        if self.fit != "shortest":
-            return super()._fitted(media, resized)
-        covering = resize_short_side(media, self.size, self.interpolation, resized)
-        top, left = ((side - kept) // 2 for side, kept in zip(covering.shape[-2:], self.size, strict=True))
-        return covering[..., top : top + self.size[0], left : left + self.size[1]]
-
-
 def preprocess_of(model: Any) -> Preprocess:
     """What a model of open_clip says about its own input."""
     told = model.visual.preprocess_cfg
@@ -105,7 +92,8 @@ def preprocess_of_folder(folder: Path, side: int) -> Preprocess:
             f"'{folder}' resizes to {size} with method {resample} and crops {crop}; we resize bilinear (2) or bicubic "
             f"(3), to the {side} pixels its model sees. Change its preprocessor_config.json."
         )
-    return FlooredPreprocess(
+    return Preprocess(
+        crop="down",
         size=frame,
         mean=tuple(told.get("image_mean", MEAN)) if told.get("do_normalize", True) else (0.0, 0.0, 0.0),
         std=tuple(told.get("image_std", STD)) if told.get("do_normalize", True) else (1.0, 1.0, 1.0),
@@ -144,14 +132,13 @@ def _download(hub_id: str, revision: str | None) -> Path:
     folder = weights.fetch_folder(hub_id, _SETTINGS, revision, instead=INSTEAD)
     own = (folder / "open_clip_config.json").is_file()
     for pattern in ["open_clip*.safetensors", "open_clip*.bin"] * own + ["model*.safetensors", "pytorch_model*.bin"]:
-        if not _weights_in(folder):
-            folder = weights.fetch_folder(hub_id, [*_SETTINGS, pattern], revision, instead=INSTEAD)
-    if not _weights_in(folder):
-        raise HubError(
-            f"cannot fetch '{hub_id}': its settings are in '{folder}', but its weights are not there, and the hub "
-            f"cannot be reached or has none. {INSTEAD}"
-        )
-    return folder
+        folder = weights.fetch_folder(hub_id, [*_SETTINGS, pattern], revision, instead=INSTEAD)
+        if any(folder.glob(pattern)):
+            return folder
+    raise HubError(
+        f"cannot fetch '{hub_id}': its settings are in '{folder}', but its weights are not there, and the hub "
+        f"cannot be reached or has none. {INSTEAD}"
+    )
 
 
 def _named(model: str) -> Source:

@@ -52,6 +52,12 @@ class LatentModel:
         """Drop remembered prompt embeddings: whoever trains the pipeline changes them."""
         self._drivers.clear()
 
+    def move(self, device: torch.device) -> None:
+        """Take the pipeline to another device; what was learnt on the old one is learnt again."""
+        if self.pipe.device != device:
+            self.pipe.to(device)
+            self._encoder, self._scouts, self._drivers = Encoder(self.pipe), {}, {}
+
     def fitted(self, media: Tensor) -> Tensor:
         """Media (B, 3, H, W) float32 at the size that `call` asks for, or at their own."""
         height, width = (int(self.call.get(name) or own) for name, own in zip(SIDES, media.shape[-2:], strict=True))
@@ -132,10 +138,11 @@ class LatentModel:
 
 
 @functools.lru_cache(maxsize=2)
-def load_model(name: str, revision: str | None, dtype: torch.dtype) -> Any:
-    """A frozen pipeline from an embedded name, a folder or a hub id; two rewards of one model share it."""
+def load_model(name: str, revision: str | None, dtype: torch.dtype, version: str | None = None) -> Any:
+    """A frozen pipeline from an embedded name, a folder or a hub id; two rewards of one `version` share it."""
+    commit = revision if Path(locate(name)).is_dir() else version or revision  # exactly what the version names
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        pipe = load_pipeline(name, torch_dtype=dtype, **({"revision": revision} if revision else {}))
+        pipe = load_pipeline(name, torch_dtype=dtype, **({"revision": commit} if commit else {}))
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()

@@ -41,7 +41,7 @@ class QwenTower:
         self.model, self.file, self.base, self.revision = model, file, base, revision
         self.pixels, self.dtype, self.path, self.checkpointing = pixels, dtype, path, checkpointing
 
-    @property
+    @cached_property  # of what is loaded: a file that changes later does not change it
     def version(self) -> str:
         """What tells these weights and settings from others."""
         files = [*self.files, *(self.folder / name for name in SETTINGS if (self.folder / name).is_file())]

@@ -57,7 +57,7 @@ class ScoreCache:
 
     def hold(self, media: Tensor) -> None:
         """Hash these pixels (B, ...) once for all rewards that are asked about them next."""
-        if self.keeps:
+        if self.keeps and not media.is_inference():  # such a tensor does not tell when it is written to
             self._held = media, media._version, pixels_of(media)
 
     def keys(self, reward: Any, media: Tensor, cases: Sequence[Case]) -> list[str | None]:

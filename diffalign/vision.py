@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+ROUNDED = "path: reference rounds pixels to 8 bits; use auto or tensor"  # why it has no gradient
 OVERSHOOT = (
     1e-3  # bicubic edges are cut this far outside [0, 1]: a clamp at exactly 0 and 1 stops gradients of plain areas
 )
@@ -46,11 +47,12 @@ class Preprocess:
     fill: float = 0.0  # of the padding, before normalising
     path: Route = "auto"
     published: Literal["pil", "torch"] = "pil"  # what the reference path resizes with
+    crop: Literal["even", "down"] = "even"  # half a pixel beside the middle: torchvision's way, or that of transformers
 
     def __call__(self, media: Tensor) -> Tensor:
         graded = media.requires_grad and torch.is_grad_enabled()
         if self.path == "tensor" or (self.path == "auto" and graded):
-            fitted = self._fitted(media, resize)
+            fitted = self._fitted(media, resize if self.published == "pil" else resize_freely)
         else:
             fitted = self._fitted(quantise(media), resize_as_pil if self.published == "pil" else resize_freely)
         return normalise(fitted, self.mean, self.std)
@@ -60,7 +62,8 @@ class Preprocess:
             return resized(media, self.size, self.interpolation)
         if self.fit == "longest":
             return pad_to(resize_long_side(media, self.size, self.interpolation, resized), self.size, self.fill)
-        return centre_crop(resize_short_side(without_ends(media), self.size, self.interpolation, resized), self.size)
+        covering = resize_short_side(without_ends(media), self.size, self.interpolation, resized)
+        return centre_crop(covering, self.size, down=self.crop == "down")
 
 
 def resize(media: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
@@ -126,10 +129,10 @@ def resize_long_side(
     return resized(media, (fitting[0], fitting[1]), interpolation)
 
 
-def centre_crop(media: Tensor, size: tuple[int, int]) -> Tensor:
-    """The middle `size` of a picture at least that large."""
-    height, width = media.shape[-2:]
-    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+def centre_crop(media: Tensor, size: tuple[int, int], *, down: bool = False) -> Tensor:
+    """The middle `size` of a picture at least that large; half a pixel goes to an even number, or `down`."""
+    spare = [side - kept for side, kept in zip(media.shape[-2:], size, strict=True)]
+    top, left = (more // 2 if down else round(more / 2) for more in spare)
     return media[..., top : top + size[0], left : left + size[1]]
 
 

@@ -113,7 +113,9 @@ def digest(path: Path) -> str:
     if path.is_file():
         told = path.stat()
         return _digest(path.resolve(), told.st_size, told.st_mtime_ns)
-    files = sorted(p for p in path.rglob("*") if p.suffix in (*SAFE, *PICKLED, ".json", ".txt", ".model"))
+    # Components are often links into another folder; rglob would not look into those.
+    every = (Path(place) / name for place, _, names in os.walk(path, followlinks=True) for name in names)
+    files = sorted(p for p in every if p.suffix in (*SAFE, *PICKLED, ".json", ".txt", ".model"))
     together = "\n".join(f"{p.relative_to(path)} {digest(p)}" for p in files)
     return hashlib.sha256(together.encode()).hexdigest()[:16]
 

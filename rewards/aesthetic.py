@@ -25,7 +25,7 @@ from diffalign.cases import Case
 from diffalign.clip_tower import ClipTower, Dtype
 from diffalign.errors import ConfigError
 from diffalign.registry import register_reward
-from diffalign.vision import Route
+from diffalign.vision import ROUNDED, Route
 
 MODEL = "openai/clip-vit-large-patch14"
 HEAD, FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -49,9 +49,10 @@ class Aesthetic:
     ) -> None:
         self.options = {"head": head, "model": model, "revision": revision, "dtype": dtype, "path": path}
         self.place = head
+        self.differentiable, self.no_gradient = path != "reference", ROUNDED
         self.tower = ClipTower(model, revision=revision, dtype=dtype, path=path, checkpointing=checkpointing)
 
-    @property
+    @cached_property  # of what is loaded: a file that changes later does not change it
     def version(self) -> str:
         return f"1 {self.tower.source.version} {weights.digest(self.file)}"
 

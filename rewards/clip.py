@@ -18,7 +18,7 @@ from torch import Tensor
 from diffalign.cases import Case
 from diffalign.clip_tower import EMBEDDED, ClipTower, Dtype
 from diffalign.registry import register_reward
-from diffalign.vision import Route
+from diffalign.vision import ROUNDED, Route
 
 
 @register_reward("clip", differentiable=True, range=(-1.0, 1.0))
@@ -39,6 +39,7 @@ class CLIPReward:
         self.scale = scale
         self.range = (-1.0, 1.0) if scale == "cosine" else None
         self.options = {"model": model, "scale": scale, "revision": revision, "dtype": dtype, "path": path}
+        self.differentiable, self.no_gradient = path != "reference", ROUNDED
         self.tower = ClipTower(model, revision=revision, dtype=dtype, path=path, checkpointing=checkpointing)
 
     @property

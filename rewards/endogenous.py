@@ -55,13 +55,15 @@ class _Endogenous:
         named = model if isinstance(model, str) else type(model).__name__
         self._shared = {"model": named, "revision": revision, "dtype": dtype, "call": call}  # a chunk changes no score
 
+    @cached_property
+    def weights(self) -> str | None:
+        """What tells the weights from others, as of when it is first asked: these are the weights that are loaded."""
+        return version_of(self.model, self.revision) if isinstance(self.model, str) else None
+
     @property
     def version(self) -> str | None:
         """Our revision of the computation, and the weights; None for a pipeline from Python: it may be in training."""
-        if not isinstance(self.model, str):
-            return None
-        known = version_of(self.model, self.revision)
-        return None if known is None else f"1 {known}"
+        return None if self.weights is None else f"1 {self.weights}"
 
     @property
     def rows_per_image(self) -> int:
@@ -72,7 +74,7 @@ class _Endogenous:
     def latent_model(self) -> LatentModel:
         if not isinstance(self.model, str):
             return LatentModel(self.model, self.call)
-        pipe = load_model(self.model, self.revision, getattr(torch, self.dtype))
+        pipe = load_model(self.model, self.revision, getattr(torch, self.dtype), self.weights)
         return LatentModel(pipe, card_call(self.model) | (self.call or {}))
 
     def __call__(self, media: Tensor, cases: Sequence[Case]) -> Score:
@@ -92,7 +94,7 @@ class _Endogenous:
         """Scores (B,) and errors (L, C, M, B), back on the device of the media."""
         model = self.latent_model
         if isinstance(self.model, str):
-            model.pipe.to(media.device)
+            model.move(media.device)
         else:
             model.forget()
         with torch.autocast(media.device.type, enabled=False):

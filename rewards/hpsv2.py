@@ -25,7 +25,7 @@ from diffalign.cases import Case
 from diffalign.clip_tower import ClipTower, Dtype, Source, checkpoint_source
 from diffalign.errors import ConfigError
 from diffalign.registry import register_reward
-from diffalign.vision import Preprocess, Route
+from diffalign.vision import ROUNDED, Preprocess, Route
 
 HUB = "xswu/HPSv2"
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
@@ -60,6 +60,7 @@ class HPSv2:
                     )
             return checkpoint_source(architecture, file, entry="state_dict")
 
+        self.differentiable, self.no_gradient = path != "reference", ROUNDED
         self.tower = ClipTower(source, dtype=dtype, path=path, checkpointing=checkpointing, adapt=padded)
 
     @property

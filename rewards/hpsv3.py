@@ -30,7 +30,7 @@ from diffalign.errors import ConfigError, ModelError
 from diffalign.qwen_tower import BASE, QwenTower
 from diffalign.registry import register_reward
 from diffalign.scoring import Score
-from diffalign.vision import Route
+from diffalign.vision import ROUNDED, Route
 
 HUB, FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
 PIXELS = 256 * 28 * 28  # 256 tokens of the language model
@@ -73,6 +73,7 @@ class HPSv3:
             "path": path,
         }
         self.wording, self.micro_batch = instruction, micro_batch
+        self.differentiable, self.no_gradient = path != "reference", ROUNDED
         self.tower = QwenTower(
             model,
             FILE,
@@ -84,7 +85,7 @@ class HPSv3:
             checkpointing=checkpointing,
         )
 
-    @property
+    @cached_property  # of what is loaded: a file that changes later does not change it
     def version(self) -> str:
         asked = hashlib.sha256(self.instruction.encode()).hexdigest()[:16]
         return f"1 {asked} {self.tower.version}"

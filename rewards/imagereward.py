@@ -28,7 +28,7 @@ from diffalign import weights
 from diffalign.cases import Case
 from diffalign.errors import ConfigError, ModelError
 from diffalign.registry import register_reward
-from diffalign.vision import Preprocess, Route
+from diffalign.vision import ROUNDED, Preprocess, Route
 
 HUB, FILE = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"  # BLIP adds [DEC] and [ENC] to it; scoring uses neither
@@ -55,13 +55,15 @@ class ImageReward:
         path: Route = "auto",
     ) -> None:
         self.options = {"model": model, "revision": revision, "tokenizer": tokenizer, "dtype": dtype, "path": path}
+        self.differentiable, self.no_gradient = path != "reference", ROUNDED
         self.model, self.revision, self.place, self.path = model, revision, tokenizer, path
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.truncated = 0  # prompts so far that were longer than the model reads
 
-    @property
+    @cached_property  # of what is loaded: a file that changes later does not change it
     def version(self) -> str:
-        return f"1 {weights.digest(self.file)} {weights.digest(self.folder)}"
+        words = sorted(p for p in self.folder.iterdir() if p.name == "vocab.txt" or p.name.startswith("tokenizer"))
+        return " ".join(["1", *(weights.digest(file) for file in (self.file, *words))])
 
     @cached_property
     def file(self) -> Path:

@@ -20,7 +20,7 @@ from diffalign.cases import Case
 from diffalign.clip_tower import ClipTower, Dtype
 from diffalign.registry import register_reward
 from diffalign.scoring import Score
-from diffalign.vision import Route
+from diffalign.vision import ROUNDED, Route
 
 HUB = "yuvalkirstain/PickScore_v1"
 UNIT = 26.0
@@ -43,6 +43,7 @@ class PickScore:
     ) -> None:
         self.scale = scale
         self.options = {"model": model, "scale": scale, "revision": revision, "dtype": dtype, "path": path}
+        self.differentiable, self.no_gradient = path != "reference", ROUNDED
         self.tower = ClipTower(model, revision=revision, dtype=dtype, path=path, checkpointing=checkpointing)
 
     @property

@@ -25,7 +25,7 @@ from diffalign.clip_tower import EMBEDDED, ClipTower, Dtype
 from diffalign.errors import ConfigError
 from diffalign.registry import register_reward
 from diffalign.scoring import Score
-from diffalign.vision import Preprocess, Route
+from diffalign.vision import ROUNDED, Preprocess, Route
 
 NONE = 1e-4  # a shorter way from baseline to goal is rounding
 
@@ -58,6 +58,7 @@ class VLMRM:
             raise self._no_way(self.goal, self.baseline)
         self.options = {"goal": self.goal, "baseline": self.baseline, "alpha": alpha, "model": model}
         self.options |= {"revision": revision, "dtype": dtype, "path": path}
+        self.differentiable, self.no_gradient = path != "reference", ROUNDED
         self.tower = ClipTower(
             model, revision=revision, dtype=dtype, path=path, checkpointing=checkpointing, adapt=squashed
         )

@@ -283,3 +283,15 @@ def test_without_network_the_hub_is_one_clear_error(tmp_path: Path, monkeypatch:
 def test_any_other_fault_of_the_hub_is_told_in_one_line() -> None:
     error = weights.hub_error("'x'", ValueError("gated repo\n\nlong advice"), "Do this.")
     assert str(error) == "cannot fetch 'x' from the hub: ValueError: gated repo. Do this."
+
+
+def test_the_digest_of_a_folder_sees_through_links(tmp_path: Path) -> None:
+    """Pipelines that share components link to them."""
+    shared, folder = tmp_path / "shared", tmp_path / "model"
+    shared.mkdir()
+    folder.mkdir()
+    (folder / "unet").symlink_to(shared, target_is_directory=True)
+    save_file({"w": torch.zeros(2)}, shared / "w.safetensors")
+    before = weights.digest(folder)
+    save_file({"w": torch.ones(2)}, shared / "w.safetensors")
+    assert weights.digest(folder) != before

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffalign.errors import DiffalignError
-from diffalign.scoring import Reward, ScoreCache, make_reward, score
+from diffalign.errors import DiffalignError, NotDifferentiable
+from diffalign.scoring import Reward, ScoreCache, make_reward, require_gradient, score
 from tests.rewards import clips
 from tests.rewards.clips import NAMES, PROMPTS, cases_of, media_of, spec
 
@@ -250,3 +250,12 @@ def _change(place: Path) -> None:
             found = torch.load(file, weights_only=True)
             state = found.get("state_dict", found)
             torch.save({k: v + 0.01 for k, v in state.items()}, file)
+
+
+@pytest.mark.parametrize("name", ["clip", "vlm_rm", "aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv3"])
+def test_the_reference_path_is_not_called_differentiable(name: str) -> None:
+    for path, differentiable in (("reference", False), ("auto", True), ("tensor", True)):
+        reward = make_reward({name: {"path": path}})
+        assert reward.differentiable is differentiable
+    with pytest.raises(NotDifferentiable, match="rounds pixels to 8 bits; use auto or tensor"):
+        require_gradient(make_reward({name: {"path": "reference"}}), "noise optimisation")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.cases import Case
+from diffalign.endogenous import load_model
 from diffalign.errors import ConfigError, HubError, ModelError
 from diffalign.rewards.endogenous import LikelihoodRatio, SelfConfidence
 from diffalign.scoring import ScoreCache, make_reward, score
@@ -198,19 +199,22 @@ def test_scores_of_a_folder_are_cached_by_the_content_of_its_weights(tmp_path: P
         {"levels": [0.25, 0.5], "draws": 2, "call": {"num_inference_steps": 4}},
     )
 
+    def total(cache: ScoreCache | None = None) -> float:
+        reward = make_reward({"likelihood_ratio": {"model": str(folder), **options}})
+        return float(score(reward, media_of(1), cases_of("a"), cache=cache).total)
+
     def rows() -> int:
-        score(
-            make_reward({"likelihood_ratio": {"model": str(folder), **options}}),
-            media_of(1),
-            cases_of("a"),
-            cache=cache,
-        )
+        total(cache)
         return len(cache)
 
     assert [rows(), rows()] == [1, 1]
+    before = total()
     file = next((folder / "unet").glob("*.safetensors"))
     save_file({k: v.flip(0).contiguous() for k, v in load_file(file).items()}, file)
     assert rows() == 2
+    changed = total(cache)
+    load_model.cache_clear()
+    assert total() == changed != before  # the changed model was asked, not the one that was loaded before
 
 
 def test_without_network_a_hub_id_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
