@@ -30,6 +30,15 @@ class Case:
         return replace(self, seed=seed)
 
 
+def as_prompts(given: Any) -> Any:
+    """What a stock call takes where cases stand in place of prompts."""
+    if isinstance(given, Case):
+        return given.prompt
+    if isinstance(given, list | tuple) and any(isinstance(each, Case) for each in given):
+        return [each.prompt if isinstance(each, Case) else each for each in given]
+    return given
+
+
 def read_cases(path: str | Path, *, seed: int = 0) -> list[Case]:
     """Cases from a text file (a prompt a line) or JSONL (`prompt`, optional `seed`, `metadata`)."""
     path = Path(path)

@@ -12,7 +12,7 @@ from diffalign.errors import ConfigError, HubError, ModelError, UnknownName
 from diffalign.vision import Preprocess
 
 EMBEDDED = "shapes-clip"
-INSTEAD = f"Give a local folder, or leave `model` out to use the embedded '{EMBEDDED}'."
+INSTEAD = f"Give a local folder, or '{EMBEDDED}', the embedded model."
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _SETTINGS = ["*.json", "*.txt", "*.model"]
 

@@ -39,6 +39,7 @@ class Card:
     misses: str = ""  # what it does not see, and how it is gamed
     proof: str = "exact"  # how far its values are tested: exact, golden, layout (names and shapes of the weights only)
     reads_prompt: bool = False  # whether the score depends on the prompt
+    needs: str = ""  # what a case needs beside image and prompt, with an example of its row
     requires: tuple[str, ...] = ()  # modules beyond the core dependencies
     extra: str | None = None  # the pip extra that brings them
     no_gradient: str = ""  # why there is none, as a clause
@@ -63,6 +64,7 @@ class RewardInfo:
     misses: str = ""
     proof: str = ""
     reads_prompt: bool = False
+    needs: str = ""
     extra: str | None = None
     missing: tuple[str, ...] = ()  # modules it needs that are not installed here
     source: str = "diffalign"  # the distribution it comes from, or "this process"
@@ -238,6 +240,7 @@ def _from_card(name: str, card: Card) -> RewardInfo:
         misses=card.misses,
         proof=card.proof,
         reads_prompt=card.reads_prompt,
+        needs=card.needs,
         extra=card.extra,
         missing=missing,
     )

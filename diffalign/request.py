@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from diffalign import media
-from diffalign.cases import Case, candidate_seed, derived_seed, row_seed
+from diffalign.cases import Case, as_prompts, candidate_seed, derived_seed, row_seed
 from diffalign.errors import ConfigError
 
 
@@ -40,11 +40,14 @@ class Request:
             given |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
         if "generator" not in signature.parameters:
             raise ConfigError(f"{type(pipe).__name__} takes no generator, so its candidates could not be told apart.")
+        cases = _cases(pipe, signature, given)
+        if "prompt" in given:
+            given["prompt"] = as_prompts(given["prompt"])
         generators = given.get("generator")
         drawn = [_seed_of(each) for each in _listed(generators)]
         return cls(
             given,
-            _cases(pipe, signature, given),
+            cases,
             given_seeds=drawn,
             fresh=[seed == int(each.initial_seed()) for seed, each in zip(drawn, _listed(generators), strict=True)],
         )
@@ -131,11 +134,12 @@ class Request:
 
 
 def _cases(pipe: Any, signature: inspect.Signature, given: dict[str, Any]) -> list[Case]:
+    """A case for each prompt, with the pictures of the call; one given in place of a prompt keeps its metadata."""
     prompt = given.get("prompt")
     if prompt is None:
         prompts = [""] * _rows_without_prompts(given)
     else:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str | Case) else list(prompt)
     if not prompts:
         raise ConfigError("prompt is an empty list, but a search needs at least one prompt.")
     control_named = "control_image" in signature.parameters
@@ -144,7 +148,11 @@ def _cases(pipe: Any, signature: inspect.Signature, given: dict[str, Any]) -> li
     source = None if conditioned and not control_named else picture
     control = given.get("control_image") if control_named else (picture if conditioned else None)
     sources, controls = media.pictures(source, len(prompts)), media.pictures(control, len(prompts))
-    return [Case(prompt=p, source=s, control=c) for p, s, c in zip(prompts, sources, controls, strict=True)]
+    asked = [replace(p, seed=0) if isinstance(p, Case) else Case(prompt=p) for p in prompts]
+    return [
+        replace(case, source=case.source if s is None else s, control=case.control if c is None else c)
+        for case, s, c in zip(asked, sources, controls, strict=True)
+    ]
 
 
 def _rows_without_prompts(given: dict[str, Any]) -> int:

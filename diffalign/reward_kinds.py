@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,9 +67,10 @@ class Score:
         return Score(self.total[index], {k: v[index] for k, v in self.parts.items()}, self.valid[index])
 
     def parts_at(self, index: Any) -> dict[str, float | None]:
-        """The parts of one row as plain numbers, None where it is invalid."""
+        """The parts of one row as plain numbers, None where the row is invalid or a part does not apply to it."""
+        known = {name: float(part[index]) for name, part in self.parts.items()}
         valid = bool(self.valid[index])
-        return {name: float(part[index]) if valid else None for name, part in self.parts.items()}
+        return {name: value if valid and math.isfinite(value) else None for name, value in known.items()}
 
     def spread(self, mask: Tensor) -> Score:
         """These rows where `mask` (B,) is true, in order, and invalid rows elsewhere."""

@@ -239,12 +239,24 @@ def _listed(value: Any) -> Any:
 
 
 def _options(reward: Any) -> Mapping[str, Any] | None:
+    """Everything that makes one reward of a kind another, None where that is not known."""
+    wrapped = getattr(reward, "function", None)
+    if wrapped is not None:
+        own = {"enclosed": enclosed} if (enclosed := _enclosed(wrapped)) else {}
+        inner = own if inspect.isfunction(wrapped) else _options(wrapped)
+        return None if inner is None else {**inner, **reward.options}
     if dataclasses.is_dataclass(reward) and not isinstance(reward, type):
         return {f.name: getattr(reward, f.name) for f in dataclasses.fields(reward)}
     options = getattr(reward, "options", None)
     if options is None and (inspect.isfunction(reward) or type(reward).__init__ is object.__init__):
         return {}
     return options if isinstance(options, Mapping) else None
+
+
+def _enclosed(function: Any) -> list[Any]:
+    """What a function made by another holds of it."""
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return [f"{value.__module__}.{value.__qualname__}" if inspect.isfunction(value) else value for value in held]
 
 
 def _key(identity: str, pixels: str, case: Case) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from diffalign import registry
+from diffalign.cases import as_prompts
 from diffalign.errors import ConfigError, HubError, ModelError, UnknownName
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Shell:
 
     def call_stock(self, *args: Any, **kwargs: Any) -> Any:
         """The stock call on this very object, so callbacks, hooks and offloading see what they always saw."""
-        return self.stock_class.__call__(self, *args, **kwargs)
+        asked = {**kwargs, "prompt": as_prompts(kwargs["prompt"])} if "prompt" in kwargs else kwargs
+        return self.stock_class.__call__(self, *(as_prompts(given) for given in args), **asked)
 
     def render(self, arguments: dict[str, Any], budget: Budget) -> tuple[Any, Tensor]:
         """One metered stock call: its output, and the pixels (R, [F,] 3, H, W) in [0, 1] that a reward looks at."""

@@ -251,3 +251,30 @@ def test_pixels_that_are_held_are_hashed_once_and_again_after_a_write(
     assert cache.keys(Counting(), media.flip(0), CASES) == keys_of(Counting(), media.flip(0), CASES)
     media[0] = 0.0
     assert cache.keys(Counting(), media, CASES) == keys_of(Counting(), media, CASES)
+
+
+class Times:
+    """An object that somebody made, with a number that nobody else sees."""
+
+    version = "1"
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, media: torch.Tensor, cases: list[Case]) -> torch.Tensor:
+        return self.factor * media.mean((1, 2, 3))
+
+
+def enclosing(factor: float) -> Any:
+    def scaled(media: torch.Tensor, cases: list[Case]) -> torch.Tensor:
+        return factor * media.mean((1, 2, 3))
+
+    scaled.version = "1"  # type: ignore[attr-defined]
+    return scaled
+
+
+@pytest.mark.parametrize("make", [Times, enclosing])
+def test_objects_and_functions_of_one_kind_are_not_served_each_others_scores(make: Any, tmp_path: Path) -> None:
+    cache, media, cases = ScoreCache(tmp_path / "c.sqlite"), torch.ones(1, 3, 4, 4), [Case(prompt="a")]
+    found = [float(score(make_reward(make(factor)), media, cases, cache=cache).total) for factor in (2.0, 3.0, 2.0)]
+    assert found == [2.0, 3.0, 2.0]

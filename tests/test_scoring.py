@@ -254,3 +254,8 @@ def test_a_prompt_with_half_a_character_is_invalid_only_where_the_prompt_is_read
     media = torch.rand(2, 3, 64, 64)
     assert score(make_reward("brightness"), media, cases).valid.all()
     assert score(make_reward("clip"), media, cases).valid.tolist() == [True, False]
+
+
+def test_a_part_that_does_not_apply_to_a_row_is_none_like_an_invalid_row() -> None:
+    found = Score(torch.tensor([1.0, torch.nan]), {"a": torch.tensor([torch.nan, 2.0]), "b": torch.tensor([3.0, 4.0])})
+    assert [found.parts_at(k) for k in (0, 1)] == [{"a": None, "b": 3.0}, {"a": None, "b": None}]

@@ -13,6 +13,7 @@ import torch
 
 from diffalign import align
 from diffalign.budget import Limits, limits_of
+from diffalign.cases import Case
 from diffalign.errors import BudgetError, ConfigError, InvalidReward, NotDifferentiable, UnknownName
 from diffalign.pipelines import DensePipeline, ReNOPipeline, SearchPipeline, SMCPipeline, TreePipeline
 from diffalign.searching import Improvement
@@ -441,3 +442,30 @@ def test_the_starting_latents_a_caller_gives_are_the_first_candidates_own():
     stock = pipe(**call("sd3", 1), latents=given, generator=seeded(), output_type="pt").images
     out = run("random", "sd3", times=1, latents=given, output_type="pt")
     assert torch.allclose(stock, out.images, atol=1e-5)
+
+
+class Curious(Brightness):
+    """Remembers what it was asked about."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, Any]] = set()
+
+    def __call__(self, media: torch.Tensor, cases: Any) -> torch.Tensor:
+        self.seen |= {(case.prompt, case.metadata.get("kind")) for case in cases}
+        return super().__call__(media, cases)
+
+
+def test_a_case_in_place_of_a_prompt_hands_its_metadata_to_the_reward(name: str):
+    asked = [Case(prompt="a", metadata={"kind": "one"}), Case(prompt="a", metadata={"kind": "two"})]
+    reward = Curious()
+    more = {"asked": {"prompt": asked}, "generator": [seeded(1), seeded(2)]}
+    run(name, "sd15", batch=2, reward=reward, **more)
+    assert reward.seen == {("a", "one"), ("a", "two")}
+
+
+def test_a_case_in_place_of_a_prompt_is_its_prompt_to_the_stock_call():
+    pipe, told = TreePipeline.from_pipe(build("sd15")), {**call("sd15", 2), "output_type": "np"}
+    cases = [Case(prompt=prompt) for prompt in told.pop("prompt")]
+    found = pixels(pipe(prompt=cases, **told, generator=seeded()))
+    assert (found == pixels(pipe(prompt=[case.prompt for case in cases], **told, generator=seeded()))).all()
+    assert (found == pixels(pipe(cases, **told, generator=seeded()))).all()

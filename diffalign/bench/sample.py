@@ -118,7 +118,8 @@ def _searched(
     done: Sampled, pipe: Any, cases: list[Case], reward: Any, asked: dict[str, Any], options: Mapping[str, Any]
 ) -> None:
     shell: Any = registry.make_pipeline_class(done.method)
-    output = shell.from_pipe(pipe)(**asked, output_type="pt", reward=reward, **options)
+    told = asked | {"prompt": cases[0] if len(cases) == 1 else cases}  # with the metadata that verifiable rewards read
+    output = shell.from_pipe(pipe)(**told, output_type="pt", reward=reward, **options)
     fields, key = media.open_output(output)
     report = output.report
     _add(done, report.budget, cases, fields[key])

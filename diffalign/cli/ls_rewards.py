@@ -77,7 +77,10 @@ def show_cards(found: Rows) -> None:
         print()
 
 
-_FIELDS = ("modality", "reads_prompt", "range", "typical", "memory", "cost", "misses", "proof", "licence", "source")
+_FIELDS = (
+    *("modality", "reads_prompt", "needs", "range", "typical", "memory", "cost", "misses", "proof", "licence"),
+    "source",
+)
 
 
 def _row(info: RewardInfo) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class PromptVerb(ModelVerb):
     """A verb that runs a pipeline on prompts."""
 
     prompt: Annotated[tuple[str, ...], Opt("A prompt; repeat it for more.", flag="-p")] = ()
-    prompts: Annotated[str | None, Opt("File of prompts: .txt with one a line, or .jsonl with a 'prompt'.")] = None
+    prompts: Annotated[str | None, Opt("File of prompts: .txt, .jsonl, .csv, parquet, or a benchmark's own.")] = None
+    prompts_format: Annotated[str | None, Opt("Its format, where name and content mislead: plain, geneval ...")] = None
     split: Annotated[Split | None, Opt("Prompt set of the shapes world.")] = None
     limit: Annotated[int | None, Opt("Use only the first so many prompts.")] = None
     image_seed: Annotated[int | None, Opt("The image's own seed, as a gallery names it; with one --prompt.")] = None
@@ -102,7 +103,7 @@ class PromptVerb(ModelVerb):
         if sum(sources) != 1:
             raise ConfigError("say what to draw with one of --prompt, --prompts FILE or --split.")
         if self.prompts is not None:
-            cases = read_prompts(self.prompts, seed=self.seed)
+            cases = read_prompts(self.prompts, self.prompts_format, seed=self.seed)
         elif self.split is not None:
             from diffalign import world
 

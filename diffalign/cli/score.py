@@ -50,7 +50,7 @@ class ScoreImages(Verb):
     prompt_column: Annotated[str | None, Opt("What holds the prompt there; guessed if left out.")] = None
     out: Annotated[str | None, Opt("Folder for scores, summary and histogram.")] = "out/score"
     batch: Annotated[int, Opt("Images scored at once.")] = 16
-    device: Annotated[str, Opt("Where rewards run.")] = "cpu"
+    device: Annotated[str, Opt("Where rewards run: cpu, cuda, cuda:1, mps; auto takes the fastest here.")] = "cpu"
     cache: Annotated[str | None, Opt("SQLite file of scores, if not OUT/scores.sqlite.")] = None
     no_cache: Annotated[bool, Opt("Ask every reward again and keep nothing.")] = False
     strict: Annotated[bool, Opt("Stop at an image that cannot be read or judged.")] = False
@@ -95,8 +95,10 @@ class ScoreImages(Verb):
     def run(self) -> dict[str, Any]:
         from diffalign import atomic, scoring
         from diffalign.cli.model import quiet_libraries
+        from diffalign.cli.score_device import require_device
         from diffalign.cli.score_pass import Pass, require_usable
 
+        device = require_device(self.device)
         out, found = atomic.require_folder(self.folder), self.found()
         base = score_calibrate.base_of(found, self.base, self.calibrate) if self.calibrate else {}
         quiet_libraries()
@@ -106,7 +108,7 @@ class ScoreImages(Verb):
         start = time.perf_counter()
         with _bar(len(found.entries)) as advance:
             done = Pass(
-                columns=columns, cache=cache, batch=self.batch, device=self.device, strict=self.strict, advance=advance
+                columns=columns, cache=cache, batch=self.batch, device=device, strict=self.strict, advance=advance
             )
             done.run(found.entries)
         result = self.tell(found, done, time.perf_counter() - start)
@@ -169,6 +171,7 @@ def _require_scores(columns: list[Column], unreadable: dict[int, str], names: li
     if len(unreadable) == images:
         raise MediaError(f"none of the {images} images can be read; the first, '{names[0]}': {unreadable[0]}.")
     for column in columns:
+        column.require_answer()
         if all(value is None for value in column.values):
             why = next(iter(column.reasons.values()), "it gives no reason")
             raise InvalidReward(

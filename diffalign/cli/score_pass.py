@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from diffalign.cli.score_entry import Entry
-from diffalign.errors import ConfigError, DiffalignError, MediaError
+from diffalign.errors import ConfigError, DiffalignError, HubError, InvalidReward, MediaError, MissingExtra
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from diffalign.scoring import Reward, Score, ScoreCache
 
 AHEAD = 4  # batches of images that may wait for others of their size
+SETUP = (HubError, MissingExtra)  # what no other image would change
 
 
 @dataclass
@@ -28,7 +30,10 @@ class Column:
     values: list[float | None]
     parts: dict[str, list[float | None]] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)  # image -> why it has no score, where that is known
-    raised: int = 0  # images on which the reward raised an error
+    judged: int = 0  # images on which the reward gave an answer, be it NaN
+    raised: int = 0  # images on which it raised an error that is not ours
+    refused: int = 0  # and one that is
+    failure: Exception | None = None  # the first error it raised
     asked: int = 0  # rows of it, or of its parts, that were computed
     answered: int = 0  # and that came from the cache
     seconds: float = 0.0
@@ -38,14 +43,26 @@ class Column:
         return self.reward.name
 
     def put(self, at: Sequence[int], found: Score) -> None:
-        """Keep the scores of some images."""
+        """Keep the scores of some images, and of an invalid one what a shipped reward needs."""
+        self.judged += len(at)
         for row, k in enumerate(at):
             valid = bool(found.valid[row])
             self.values[k] = float(found.total[row]) if valid else None
+            if not valid and self.needs:
+                self.reasons[k] = f"it needs {self.needs}"
             for part, value in found.parts_at(row).items():
                 if part != self.name:
                     column = self.parts.setdefault(part, [None] * len(self.values))
                     column[k] = value if value is not None and value == value else None
+
+    @property
+    def needs(self) -> str:
+        """What the card of a shipped reward says that a case needs."""
+        from diffalign import registry
+
+        card = registry.cards().get(self.name)
+        shipped = card and type(self.reward).__module__ == f"{registry.REWARDS}.{card.module}"
+        return card.needs if card and shipped else ""
 
     @property
     def reads_prompt(self) -> bool:
@@ -59,6 +76,31 @@ class Column:
         if self.reads_prompt and not case.prompt.strip():
             return "no prompt"
         return "no source image" if self.reward.modality == "edit" and case.source is None else None
+
+    def failed(self, k: int, error: Exception) -> None:
+        """Count an image that the reward raised on."""
+        text = " ".join(str(error).split())
+        ours = isinstance(error, DiffalignError)
+        for each in filter(None, (error, error.__context__)):
+            traceback.clear_frames(each.__traceback__)  # they hold what the reward computed
+        self.failure = self.failure or error
+        self.refused += ours
+        self.raised += not ours
+        self.reasons[k] = text if ours else f"{type(error).__name__}: {text[:200]}"
+
+    def require_answer(self) -> None:
+        """Raise what the reward raised where it scored nothing at all."""
+        if isinstance(self.failure, DiffalignError) and all(value is None for value in self.values):
+            raise self.failure
+        self.require_sound()
+
+    def require_sound(self, so_far: str = "") -> None:
+        """Refuse a reward that has done nothing but raise errors that are not ours."""
+        if self.failure and not self.judged and not self.refused:
+            raise InvalidReward(
+                f"reward '{self.name}' raised {_said(self.failure)} on every image{so_far}; it is called as "
+                "reward(media, cases)"
+            ) from self.failure
 
 
 @dataclass(kw_only=True)
@@ -121,27 +163,30 @@ class Pass:
         try:
             with torch.no_grad():
                 column.put(at, scoring.score(column.reward, media, cases, cache=self.cache, all_invalid=True))
-        except DiffalignError:
-            raise  # of the setup or of the reward, not of one picture
         except Exception as e:
-            if self.strict:
+            if isinstance(e, SETUP) or (self.strict and isinstance(e, DiffalignError)):
                 raise
+            if self.strict:
+                raise InvalidReward(
+                    f"reward '{column.name}' raised {_said(e)}. Leave --strict out to count such images as invalid."
+                ) from e
             if len(at) == 1:
-                self._failed(column, at[0], e)
+                column.failed(at[0], e)
+                if column.raised >= self.batch:
+                    column.require_sound(" so far")
                 return
             for row, k in enumerate(at):
                 self._ask(column, [k], media[row : row + 1], cases[row : row + 1])
+            if isinstance(e, InvalidReward) and not any(k in column.reasons for k in at):
+                raise  # each row is fine on its own, so it is the batch that the reward answers wrongly
             return
         column.seconds += time.perf_counter() - start
         column.asked += self.cache.asked.total() - asked
         column.answered += self.cache.answered.total() - answered
 
-    def _failed(self, column: Column, k: int, error: Exception) -> None:
-        """Count an image the reward raised on; one that has done nothing else so far is broken itself."""
-        column.raised += 1
-        column.reasons[k] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if column.raised >= self.batch and all(value is None for value in column.values):
-            raise error
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def require_usable(columns: Sequence[Column], entries: Sequence[Entry]) -> None:

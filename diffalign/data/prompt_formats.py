@@ -58,6 +58,13 @@ def drawbench(path: Path) -> Iterator[Case]:
         yield Case(prompt=row.text("Prompts"), metadata={"category": row.text("Category")})
 
 
+def quotes_first(path: Path) -> bool:
+    """Whether the first prompt of a file has words in quotes."""
+    from diffalign.rules.text import quoted  # imports torch
+
+    return bool(quoted(read_cases(path)[0].prompt))
+
+
 def ocr(path: Path) -> Iterator[Case]:
     from diffalign.rules.text import normal, quoted  # imports torch
 

@@ -74,7 +74,8 @@ def sniff(path: str | Path) -> str:
     if suffix == ".txt":
         if formats.compbench_name(place):
             return "t2i_compbench"
-        return "ocr" if "ocr" in (place.parent.name.lower(), *place.stem.lower().split("_")) else "plain"
+        named = "ocr" in (place.parent.name.lower(), *place.stem.lower().split("_"))
+        return "ocr" if named and formats.quotes_first(place) else "plain"
     if suffix == ".json" and formats.is_hpd(place):
         return "hpd"
     if suffix in SUFFIXES or os.path.isdir(place) or "*" in place.name:

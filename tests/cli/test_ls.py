@@ -82,6 +82,11 @@ def test_names_show_whole_cards_with_options_and_defaults(here: Path, capsys: py
     assert "goal: 'compressible'" in shown
 
 
+def test_a_card_shows_what_a_case_needs(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert listed(here, "psnr")["psnr"]["needs"].startswith("a reference picture")
+    assert "needs          a reference picture" in capsys.readouterr().out
+
+
 def test_every_shipped_card_can_be_shown(here: Path, capsys: pytest.CaptureFixture[str]):
     names = sorted(registry.cards())
     assert list(listed(here, *names)) == names

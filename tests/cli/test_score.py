@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from diffalign import registry
 from diffalign.cli import main
 
 REWARD = """
@@ -261,3 +262,95 @@ def test_our_own_figures_are_not_scored_when_the_output_lies_among_the_images(ph
         assert main(["score", "**/*.png", "-r", "brightness"]) == 0
         assert len(rows(photos)) == 3
     assert (photos / "out/score/histogram.png").read_bytes().startswith(b"\x89PNG")
+
+
+REFUSES = """
+from diffalign.errors import ConfigError
+def refuses(media, cases):
+    if any(c.prompt == "bench" for c in cases): raise ConfigError("it does not know 'bench'")
+    return media.flatten(1).mean(1)
+"""
+
+
+def test_a_row_that_a_reward_refuses_costs_that_row_only(photos: Path, capsys: pytest.CaptureFixture[str]):
+    (photos / "mine.py").write_text(REFUSES)
+    (photos / "p.txt").write_text("bench\ncat\ncat\n")
+    ask = ["score", "photos", "--prompts", "p.txt", "-r", "mine.py:refuses"]
+    assert main([*ask, "--batch", "1"]) == 0
+    assert main(ask) == 0
+    assert [row["refuses"] is None for row in rows(photos)] == [True, False, False]
+    assert rows(photos)[0]["invalid"] == {"refuses": "it does not know 'bench'"}
+    assert main([*ask, "--strict"]) == 2
+    assert "ConfigError: it does not know 'bench'" in capsys.readouterr().err
+
+
+def test_a_class_that_the_detector_does_not_know_costs_its_rows_only(photos: Path):
+    told = [{"include": [{"class": name, "count": 1}]} for name in ("bench", "circle", "circle")]
+    listed = [{"file": f"photos/{k}.png", "prompt": "one", "metadata": row} for k, row in enumerate(told)]
+    (photos / "all.jsonl").write_text("\n".join(map(json.dumps, listed)))
+    assert main(["score", "all.jsonl", "-r", "geneval"]) == 0
+    assert [row["geneval"] is None for row in rows(photos)] == [True, False, False]
+    assert "'bench'" in rows(photos)[0]["invalid"]["geneval"]
+
+
+def test_a_reward_that_refuses_every_row_ends_with_its_own_error(photos: Path, capsys: pytest.CaptureFixture[str]):
+    (photos / "mine.py").write_text(REFUSES)
+    assert main(["score", "photos", "-p", "bench", "-r", "mine.py:refuses", "--batch", "1"]) == 2
+    assert "ConfigError: it does not know 'bench'" in capsys.readouterr().err
+
+
+def test_a_reward_that_refuses_and_raises_at_first_still_scores_the_rest(photos: Path):
+    (photos / "mine.py").write_text(
+        REFUSES.replace("    return", "    if cases[0].prompt == 'x': raise OSError\n    return")
+    )
+    (photos / "p.txt").write_text("bench\nx\ncat\n")
+    ask = ["score", "photos", "--prompts", "p.txt", "-r", "mine.py:refuses", "--batch", "1"]
+    assert main(ask) == 0
+    assert [row["refuses"] is None for row in rows(photos)] == [True, True, False]
+
+
+def test_a_reward_that_answers_batches_wrongly_is_not_asked_row_by_row(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+):
+    (photos / "mine.py").write_text("def one(media, cases):\n    return media.mean()[None]\n")
+    assert main(["score", "photos", "-r", "mine.py:one"]) == 2
+    assert "Return a tensor of shape (2,)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", ["1", "2", "16"])
+def test_a_reward_that_always_raises_is_named(photos: Path, batch: str, capsys: pytest.CaptureFixture[str]):
+    (photos / "mine.py").write_text("def raises(media, cases):\n    raise RuntimeError('boom')\n")
+    assert main(["score", "photos", "-r", "mine.py:raises", "--batch", batch]) == 2
+    shown = capsys.readouterr().err
+    assert "InvalidReward: reward 'raises' raised RuntimeError: boom on every image" in shown
+    assert "it is called as reward(media, cases)" in shown
+    assert main(["score", "photos", "-r", "mine.py:raises", "--strict"]) == 2
+    assert "InvalidReward: reward 'raises' raised RuntimeError: boom. Leave --strict out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["psnr", "ssim", "patch_similarity", "geneval", "compbench", "layout"])
+def test_a_shipped_reward_that_judges_nothing_says_what_it_needs(
+    photos: Path, name: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["score", "photos", "-p", "a photo", "-r", name]) == 2
+    needs = registry.cards()[name].needs
+    assert needs
+    assert f"(it needs {needs})" in capsys.readouterr().err
+    assert rows(photos)[0]["invalid"] == {name: f"it needs {needs}"}
+
+
+@pytest.mark.parametrize("name", ["psnr", "geneval", "compbench", "layout", "router", "masked", "ocr", "ssim"])
+def test_the_example_of_what_a_reward_needs_is_a_row(name: str):
+    needs = registry.cards()[name].needs
+    assert set(json.loads(needs[needs.index("{") :])) <= {"file", "prompt", "metadata", "reference"}
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_here_is_named(photos: Path, device: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["score", "photos", "-r", "brightness", "--device", device]) == 2
+    shown = capsys.readouterr().err
+    assert f"ConfigError: device is '{device}', which does not work here; there is cpu" in shown
+
+
+def test_the_fastest_device_can_be_asked_for(photos: Path):
+    assert main(["score", "photos", "-r", "brightness", "--device", "auto"]) == 0

@@ -236,7 +236,10 @@ def test_broken_and_odd_images_of_every_kind_never_crash(here: Path):
     (here / "zoo/gone.png").symlink_to("nowhere")
     (here / "zoo" / "halb\udce9.png").write_bytes(content)
     rewards = [word for name in ("clip", "brightness", "colourfulness", "jpeg_size") for word in ("-r", name)]
-    assert main(["score", "zoo", "-p", "half \ud800 a letter", *rewards, "--total", "--top", "3"]) == 0
+    half = ["score", "zoo", "-p", "half \ud800 a letter", "--top", "3"]
+    assert main([*half, "-r", "brightness"]) == 0
+    assert main([*half, "-r", "clip"]) == 2  # no tokenizer takes half a letter
+    assert main(["score", "zoo", "-p", "a letter", *rewards, "--total", "--top", "3"]) == 0
     found = {Path(row["file"]).name: row for row in rows(here)}
     for name in [*(f"{name}.png" for name in odd), "cmyk.jpg", "float.tiff", "moves.gif"]:
         assert found[name]["clip"] is not None

@@ -112,11 +112,12 @@ def test_ocr_prompts_bring_what_is_to_be_written(tmp_path):
     path.write_text('A sign that says "Hello World" and "more".\n')
     assert read_prompts(path)[0].metadata == {"text": "Hello World", "kind": "text"}
     path.write_text("A sign\n")
+    assert read_prompts(path)[0].metadata == {}  # somebody's own file that is only called so
     with pytest.raises(ConfigError, match="double quotes"):
-        read_prompts(path)
+        read_prompts(path, "ocr")
     path.write_text('A sign that says “Hello”.\nA sign «World» and "more".\n')
     assert [case.metadata["text"] for case in read_prompts(path)] == ["Hello", "World"]
-    path.write_text("A sign that says “ ”.\n")
+    path.write_text('A sign that says "Hello".\nA sign that says “ ”.\n')
     with pytest.raises(ConfigError, match="double quotes"):
         read_prompts(path)
 

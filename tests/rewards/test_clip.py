@@ -151,7 +151,7 @@ def test_without_network_a_hub_id_says_so_and_offers_the_embedded_model(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(HubError, match=r"cannot fetch .* leave `model` out to use the embedded 'shapes-clip'"):
+    with pytest.raises(HubError, match=r"cannot fetch .* Give a local folder, or 'shapes-clip'"):
         score(make_reward({"clip": {"model": model}}), media_of(1), cases_of(["a"]))
 
 
