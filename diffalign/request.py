@@ -135,7 +135,7 @@ class Request:
 
 def _cases(pipe: Any, signature: inspect.Signature, given: dict[str, Any]) -> list[Case]:
     """A case for each prompt, with the pictures of the call; one given in place of a prompt keeps its metadata."""
-    prompt = given.get("prompt")
+    prompt, prompts = given.get("prompt"), list[str | Case]()
     if prompt is None:
         prompts = [""] * _rows_without_prompts(given)
     else:

@@ -69,3 +69,8 @@ def test_every_module_of_the_folder_has_a_card() -> None:
     folder = importlib.import_module("diffalign.rewards").__path__[0]
     files = {path.stem for path in Path(folder).glob("*.py")} - {"__init__"}
     assert files == {card.module for card in registry.cards().values()}
+
+
+def test_no_page_has_a_place_that_was_never_filled_in() -> None:
+    for page in [*table.PAGE.parent.glob("*.md"), table.PAGE.parents[1] / "README.md"]:
+        assert "@@" not in page.read_text(encoding="utf-8"), page
