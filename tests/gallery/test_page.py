@@ -199,6 +199,7 @@ def test_a_permalink_opens_its_entry_and_back_returns_to_the_list(visit: Visit, 
     page.go_forward()
     browser.until(page, "document.querySelector('#detail').open")
     page.goto(discs[0] + "#entry=gone")
+    browser.until(page, "document.querySelector('#message').innerText")  # the page hears of a new hash a little later
     assert "no entry \u201cgone\u201d" in page.locator("#message").inner_text()
 
 
