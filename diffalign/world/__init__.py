@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffalign.world.compose import held_out, sample_clauses, sample_scene
+    from diffalign.world.edit_sets import OUTCOMES, EditTriple, attempt, edit_case, sample_edit, verify_edits
+    from diffalign.world.edits import Edit, EditVerdict, judge_edit, parse_edit, say_edit
     from diffalign.world.grammar import Clauses, Relation, Want, caption, parse, say
     from diffalign.world.promptsets import prompts, sample_case
     from diffalign.world.rendering import render, render_many
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "compose": ("held_out", "sample_clauses", "sample_scene"),
+    "edit_sets": ("OUTCOMES", "EditTriple", "attempt", "edit_case", "sample_edit", "verify_edits"),
+    "edits": ("Edit", "EditVerdict", "judge_edit", "parse_edit", "say_edit"),
     "grammar": ("Clauses", "Relation", "Want", "caption", "parse", "say"),
     "promptsets": ("prompts", "sample_case"),
     "rendering": ("render", "render_many"),
@@ -27,23 +31,34 @@ _HOMES = {
 }
 
 __all__ = [
+    "OUTCOMES",
     "Clauses",
+    "Edit",
+    "EditTriple",
+    "EditVerdict",
     "Relation",
     "Scene",
     "Shape",
     "Verdict",
     "Want",
+    "attempt",
     "caption",
+    "edit_case",
     "held_out",
+    "judge_edit",
     "parse",
+    "parse_edit",
     "prompts",
     "render",
     "render_many",
     "sample_case",
     "sample_clauses",
+    "sample_edit",
     "sample_scene",
     "say",
+    "say_edit",
     "verify",
+    "verify_edits",
 ]
 
 

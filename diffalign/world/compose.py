@@ -93,14 +93,21 @@ def _fill(template: Template, rng: random.Random) -> Clauses:
 def sample_scene(clauses: Clauses, rng: random.Random, *, seen_only: bool = False, smallest: float = 5.0) -> Scene:
     """A scene that fulfils the clauses; with `seen_only` free colours avoid the held-out pairs."""
     while True:
-        looks = [
-            _look(want, rng, clauses.total, seen_only, smallest) for want in clauses.wants for _ in range(want.count)
-        ]
-        owners = [k for k, want in enumerate(clauses.wants) for _ in range(want.count)]
-        for _ in range(200):
-            shapes = _place_all(looks, [clauses.wants[k] for k in owners], rng)
-            if shapes and fulfils(shapes, owners, clauses):
-                return Scene(tuple(shapes), rng.choice(GROUNDS))
+        if scene := find_scene(clauses, rng, seen_only=seen_only, smallest=smallest):
+            return scene
+
+
+def find_scene(
+    clauses: Clauses, rng: random.Random, *, seen_only: bool = False, smallest: float = 5.0, tries: int = 200
+) -> Scene | None:
+    """The same, or None where `tries` placements of objects of one draw failed: some clauses no scene has room for."""
+    looks = [_look(want, rng, clauses.total, seen_only, smallest) for want in clauses.wants for _ in range(want.count)]
+    owners = [k for k, want in enumerate(clauses.wants) for _ in range(want.count)]
+    for _ in range(tries):
+        shapes = _place_all(looks, [clauses.wants[k] for k in owners], rng)
+        if shapes and fulfils(shapes, owners, clauses):
+            return Scene(tuple(shapes), rng.choice(GROUNDS))
+    return None
 
 
 def _look(want: Want, rng: random.Random, total: int, seen_only: bool, smallest: float) -> tuple[str, str, float]:

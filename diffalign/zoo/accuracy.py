@@ -20,8 +20,13 @@ from diffalign.zoo.shelf import card, folder
 def measure(name: str, *, seed: int = 0, n: int = 240) -> dict[str, Any]:
     """Strict accuracy on held-out prompts at the card's call, with its Wilson 95 % interval.
 
-    A picture-text model is measured as a judge instead: the area under its ROC curve within prompts.
+    A picture-text model is measured as a judge instead: `shapes-clip` by the area under its ROC curve within prompts,
+    `shapes-vlm` by its yes-or-no answers.
     """
+    if name == "shapes-vlm":
+        from diffalign.zoo.vlm_measure import measure_answers
+
+        return {"name": name, **measure_answers(folder(name), seed=seed, n=n)}
     if name == "shapes-clip":
         from diffalign.zoo.clip import measure_judge
 

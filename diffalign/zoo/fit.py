@@ -62,7 +62,7 @@ def fit(
 
 def _optimizers(model: nn.Module, config: FitConfig) -> list[torch.optim.Optimizer]:
     """AdamW, with Muon (Jordan et al., 2024) for the matrices of the blocks where a rate for them is set."""
-    inner = ("transformer_blocks.", ".layers.", "resblocks.")
+    inner = ("transformer_blocks.", ".layers.", ".layer.", "resblocks.")
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffalign.errors import UnknownName
 
-RECIPES = {"shapes-sd3": "sd3", "shapes-turbo": "turbo", "shapes-clip": "clip"}
+RECIPES = {"shapes-sd3": "sd3", "shapes-turbo": "turbo", "shapes-clip": "clip", "shapes-vlm": "vlm"}
 
 
 def build(name: str, *, out: str | Path, seed: int = 0, resume: bool = True, config: Any = None, n: int = 240) -> Path:

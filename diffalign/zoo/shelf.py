@@ -9,7 +9,7 @@ from typing import Any
 from diffalign.errors import UnknownName
 
 MODELS = Path(__file__).parent / "models"
-ORDER = ("shapes-sd3", "shapes-turbo", "shapes-clip")
+ORDER = ("shapes-sd3", "shapes-turbo", "shapes-clip", "shapes-vlm")
 
 
 def names() -> list[str]:
@@ -31,7 +31,7 @@ def card(name: str) -> dict[str, Any]:
 
 
 def load(name: str, **kwargs: Any) -> Any:
-    """A stock pipeline in float32, or for `shapes-clip` open_clip's (model, preprocess, tokenizer)."""
+    """A stock pipeline in float32; `shapes-clip` is (model, preprocess, tokenizer), `shapes-vlm` (model, processor)."""
     return load_from(folder(name), **kwargs)
 
 
@@ -43,6 +43,11 @@ def load_from(path: Path, **kwargs: Any) -> Any:
         where = f"local-dir:{path}"
         model, preprocess = open_clip.create_model_from_pretrained(where, **kwargs)
         return model.eval(), preprocess, open_clip.get_tokenizer(where)
+    if not (path / "model_index.json").exists():
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        judge = AutoModelForImageTextToText.from_pretrained(str(path), local_files_only=True, **kwargs)
+        return judge.eval(), AutoProcessor.from_pretrained(str(path), local_files_only=True)
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
