@@ -90,9 +90,11 @@ def _one(picture: Any) -> Image.Image | None:
     return picture  # type: ignore[no-any-return]
 
 
-def _plain(pixels: Tensor) -> Image.Image:
-    """Pixels in [0, 1] or [-1, 1] as PIL; diffusers accepts both."""
-    return to_pil((pixels / 2 + 0.5 if pixels.min() < 0 else pixels).float())
+def _plain(pixels: Tensor) -> Image.Image | None:
+    """Pixels in [0, 1] or [-1, 1] as PIL, as diffusers accepts both; None for latents, which show nothing."""
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        return None
+    return to_pil((pixels / 2 + 0.5 if pixels.min() < 0 else pixels).float().expand(3, -1, -1))
 
 
 def open_output(output: Any) -> tuple[dict[Any, Any], Any]:

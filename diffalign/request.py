@@ -14,6 +14,8 @@ from diffalign import media
 from diffalign.cases import Case, as_prompts, candidate_seed, derived_seed, row_seed
 from diffalign.errors import ConfigError
 
+EDITED = ("image", "images", "input_images")  # what pipelines call the pictures that they start from
+
 
 @dataclass
 class Request:
@@ -142,17 +144,33 @@ def _cases(pipe: Any, signature: inspect.Signature, given: dict[str, Any]) -> li
         prompts = [prompt] if isinstance(prompt, str | Case) else list(prompt)
     if not prompts:
         raise ConfigError("prompt is an empty list, but a search needs at least one prompt.")
-    control_named = "control_image" in signature.parameters
-    conditioned = any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
-    picture = given.get("image")
-    source = None if conditioned and not control_named else picture
-    control = given.get("control_image") if control_named else (picture if conditioned else None)
+    source, control = _pictures(pipe, signature, given)
     sources, controls = media.pictures(source, len(prompts)), media.pictures(control, len(prompts))
     asked = [replace(p, seed=0) if isinstance(p, Case) else Case(prompt=p) for p in prompts]
     return [
         replace(case, source=case.source if s is None else s, control=case.control if c is None else c)
         for case, s, c in zip(asked, sources, controls, strict=True)
     ]
+
+
+def _pictures(pipe: Any, signature: inspect.Signature, given: dict[str, Any]) -> tuple[Any, Any]:
+    """The picture to edit and the control picture of a call, as the caller gave them; of several the first counts."""
+    known = signature.parameters
+    parts = [getattr(pipe, name, None) for name in ("controlnet", "adapter")]
+    conditioned = any(part is not None for part in parts)
+    source = next((given[name] for name in EDITED if given.get(name) is not None), None)
+    control = given.get("control_image")
+    if "control_image" not in known and conditioned:
+        source, control = None, source
+    elif "control_mask" in known and "image" not in known:
+        source = control  # what such a pipeline repaints is the control picture itself
+    if isinstance(control, list | tuple) and control and any(_is_several(part) for part in parts):
+        control = control[0]  # one entry for each of several ControlNets, not for each prompt
+    return source, control
+
+
+def _is_several(part: Any) -> bool:
+    return hasattr(part, "nets") or hasattr(part, "adapters")
 
 
 def _rows_without_prompts(given: dict[str, Any]) -> int:
