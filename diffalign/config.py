@@ -33,9 +33,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """The same the other way: text that would be read as a number, such as `12e3`, is quoted."""
+
+
+for _end in (_Loader, _Dumper):
+    _end.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def parse(text: str, where: str) -> Any:
@@ -80,7 +85,12 @@ def settings(cls: type[T], given: T | Mapping[str, Any] | None, where: str) -> T
 
 def dump(config: Any) -> str:
     """YAML text that `build` turns back into an equal object."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
+    return say(_plain(config))
+
+
+def say(content: Any) -> str:
+    """Plain values as YAML text that `parse` turns back into them."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:

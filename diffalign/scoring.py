@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,10 +47,9 @@ def score(
 ) -> Score:
     """Score media (B, 3, H, W) or (B, F, 3, H, W), `chunk` rows a time; no valid row raises unless `all_invalid`."""
     _check_input(reward, media, cases, chunk)
-    size = chunk or max(len(cases), 1)
-    starts = range(0, len(cases), size)
     memo = Memo(reward) if isinstance(reward, Composite) else None
-    found = Score.concat([rate(reward, media[k : k + size], cases[k : k + size], cache, memo) for k in starts])
+    parts = _chunks(reward, cases, chunk or max(len(cases), 1))
+    found = Score.concat([rate(reward, media[part], cases[part], cache, memo) for part in parts])
     if not all_invalid and not found.valid.any():
         raise InvalidReward(
             f"reward '{reward.name}' is NaN for all {len(cases)} rows, so there is nothing to choose from; "
@@ -57,6 +57,17 @@ def score(
             "Check that the images are finite and that the reward can read them."
         )
     return found
+
+
+def _chunks(reward: Reward, cases: Sequence[Case], size: int) -> list[slice]:
+    """At most `size` rows at once; neighbours of one prompt stay together for a reward that compares them."""
+    beside = any(getattr(leaf, "listwise", False) for leaf in leaves(reward))
+    cuts = [0]
+    for k in range(1, len(cases) + 1):
+        whole = beside and k < len(cases) and cases[k].prompt == cases[k - 1].prompt
+        if k == len(cases) or (k - cuts[-1] >= size and not whole):
+            cuts.append(k)
+    return [slice(start, end) for start, end in pairwise(cuts)]
 
 
 def none_valid(reward: Reward, case: Case, count: int) -> InvalidReward:

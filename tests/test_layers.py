@@ -28,6 +28,7 @@ LAYERS = [  # each may import itself and what stands before it
         "transport",
         "judges",
         "clip_tower",
+        "clip_t5_tower",
         "clip_sources",
         "qwen_tower",
         "probes",
@@ -55,7 +56,8 @@ ONLY = {  # narrower than their layer
     "search": {"search", "noise", "budget", "config", "errors"},
     "world": {"world", "cases", "errors"},
     "rewards": {"scoring", "cases", "registry", "errors", "vision", "clip_tower", "judges", "transport", "world"}
-    | {"calibration", "detectors", "endogenous", "probes", "qwen_tower", "rules", "shaping", "weights"},
+    | {"calibration", "detectors", "endogenous", "probes", "qwen_tower", "rules", "shaping", "weights"}
+    | {"clip_t5_tower"},
     "pipelines": {"shell", "drive", "search", "scoring", "budget", "config", "errors"}
     | {"cases", "media", "noise", "registry", "report", "request", "searching", "search_shell", "trees"},
 }

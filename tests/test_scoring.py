@@ -259,3 +259,24 @@ def test_a_prompt_with_half_a_character_is_invalid_only_where_the_prompt_is_read
 def test_a_part_that_does_not_apply_to_a_row_is_none_like_an_invalid_row() -> None:
     found = Score(torch.tensor([1.0, torch.nan]), {"a": torch.tensor([torch.nan, 2.0]), "b": torch.tensor([3.0, 4.0])})
     assert [found.parts_at(k) for k in (0, 1)] == [{"a": None, "b": 3.0}, {"a": None, "b": None}]
+
+
+def test_chunks_keep_neighbours_of_one_prompt_together_for_a_reward_that_compares_them() -> None:
+    class Beside:
+        name, differentiable, modality, version, range = "beside", False, "image", None, None
+        listwise = True
+
+        def __init__(self) -> None:
+            self.seen: list[list[str]] = []
+
+        def __call__(self, media: torch.Tensor, cases: Sequence[Case]) -> torch.Tensor:
+            self.seen.append([case.prompt for case in cases])
+            return torch.zeros(len(cases))
+
+    cases = [Case(prompt=prompt) for prompt in "aaabbccc"]
+    reward = Beside()
+    score(reward, torch.zeros(8, 3, 4, 4), cases, chunk=2)
+    assert reward.seen == [list("aaa"), list("bb"), list("ccc")]
+    reward.listwise, reward.seen = False, []
+    score(reward, torch.zeros(8, 3, 4, 4), cases, chunk=3)
+    assert reward.seen == [list("aaa"), list("bbc"), list("cc")]

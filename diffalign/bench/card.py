@@ -7,10 +7,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.cases import Case
 from diffalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PACKAGES = ("diffalign", "torch", "diffusers", "transformers")
 
@@ -61,9 +64,13 @@ def require_alike(a: EvaluationCard, b: EvaluationCard) -> None:
 
 
 def hash_prompts(cases: Iterable[Case]) -> str:
-    """One short name for a set of prompts in their order."""
-    text = json.dumps([case.prompt for case in cases], ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """One short name for a set of prompts in their order, and of the pictures to edit where there are some."""
+    told = [case.prompt if case.source is None else [case.prompt, _digest(case.source)] for case in cases]
+    return hashlib.sha256(json.dumps(told, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def _digest(picture: Image.Image) -> str:
+    return hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()[:16]
 
 
 def reward_versions(reward: Any) -> dict[str, str | None]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign import media, registry, scoring
+from diffalign.arguments import parameters
 from diffalign.budget import Budget
 from diffalign.cases import Case, batched
+from diffalign.errors import ConfigError
 from diffalign.intervals import Interval, bootstrap, wilson
 from diffalign.metering import metered
 from diffalign.scoring import Score
@@ -81,7 +84,7 @@ def sample(
     """Run `method` (stock, or a drop-in pipeline's name) on every case; `each` hears of each batch's new cases."""
     done = Sampled(method)
     run = _stock if method == STOCK else _searched
-    for some in batched(cases, batch):
+    for some in alike(cases, batch):
         first = len(done.cases)
         with torch.no_grad():
             run(done, pipe, some, reward, _asked(pipe, some, call), options)
@@ -89,12 +92,34 @@ def sample(
     return done
 
 
+def alike(cases: Sequence[Case], batch: int) -> Iterator[list[Case]]:
+    """Neighbours in chunks of at most `batch` whose pictures to edit have one size, or which have none."""
+    for _, some in groupby(cases, key=lambda case: case.source and case.source.size):
+        yield from batched(list(some), batch)
+
+
 def _asked(pipe: Any, cases: list[Case], call: Mapping[str, Any]) -> dict[str, Any]:
     """Stock arguments for these cases; each has a generator of its own."""
     generators = [torch.Generator().manual_seed(case.seed) for case in cases]
     alone = len(cases) == 1
-    asked = {"prompt": cases[0].prompt if alone else [case.prompt for case in cases]}
+    asked: dict[str, Any] = {"prompt": cases[0].prompt if alone else [case.prompt for case in cases]}
+    if cases[0].source is not None:
+        require_editor(pipe)
+        asked["image"] = cases[0].source if alone else [case.source for case in cases]
     return {**asked, **call, "generator": generators[0] if alone else generators}
+
+
+def require_editor(pipe: Any) -> None:
+    """Refuse a pipeline that takes no picture to edit, or takes its picture as a condition."""
+    known = parameters(pipe)
+    conditioned = any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
+    if "image" in known and not (conditioned and "control_image" not in known):
+        return
+    why = "reads its picture as a condition" if "image" in known else "takes no picture"
+    raise ConfigError(
+        f"there is a picture to edit, but {type(pipe).__name__} {why}. Leave the picture out, or give an "
+        "image-to-image or editing model with --model, such as timbrooks/instruct-pix2pix."
+    )
 
 
 def _stock(

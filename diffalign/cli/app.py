@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from diffalign.cli import bench, check, demo, gallery, generate, ls, score, zoo
+from diffalign.cli import bench, check, demo, gallery, generate, ls, rubric, score, zoo
 from diffalign.cli.verb import Verb, add
 from diffalign.errors import DiffalignError
 
@@ -45,6 +45,7 @@ def build_app() -> typer.Typer:
     for name, about, verbs in (
         ("zoo", "The tiny models that ship with diffalign, and the recipes that rebuild them.", zoo.VERBS),
         ("bench", "Measure diffalign itself.", bench.VERBS),
+        ("rubric", "Rubrics that pictures are judged by: written by a judge, checked, edited by you.", rubric.VERBS),
     ):
         group = typer.Typer(help=about, **_PLAIN)
         for verb in verbs:

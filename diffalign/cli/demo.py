@@ -27,7 +27,8 @@ class Demo(ModelVerb):
     A tiny model draws coloured shapes; a CLIP that was trained beside it steers and picks; an exact verifier then says
     which images are really right. The verifier never takes part in the choice. Every method has the budget of N plain
     images. ReNO climbs the start noise of the one-step student, whose plain image stands beside it; with another
-    --model it climbs through few steps and then draws once with all of them. No network is needed.
+    --model it climbs through few steps and then draws once with all of them. A small vision language model, which
+    took no part either, rates every image for the page. No network is needed.
 
     Writes OUT/index.html (a page to compare them on, which opens from disk), OUT/sheet.png and OUT/card.json.
 
@@ -44,6 +45,7 @@ class Demo(ModelVerb):
     split: Annotated[Split, Opt("Prompt set of the shapes world.")] = "heldout"
     reward: Annotated[tuple[str, ...] | dict[str, Any], Opt("What selects.", flag="-r")] = ("clip",)
     student: Annotated[str, Opt("One-step model for ReNO, where it is built.")] = "shapes-turbo"
+    witness: Annotated[tuple[str, ...], Opt("Reward on the page that steers nothing; repeat it.")] = ("vqascore",)
 
     def __post_init__(self) -> None:
         for name, value in (("n", self.n), ("prompts", self.prompts)):
@@ -92,7 +94,7 @@ class Demo(ModelVerb):
 
     def write_page(self, sides: dict[str, Sampled], truths: list[list[bool]], card: dict[str, Any], out: Path) -> None:
         """The gallery of all methods, the plain draw as its baseline."""
-        from diffalign.gallery import page
+        from diffalign.gallery import page, witnesses
         from diffalign.gallery.manifest import Heading
         from diffalign.gallery.sampled import side_of
 
@@ -101,6 +103,8 @@ class Demo(ModelVerb):
             side_of(name, done, truth=truth, card=self.card(name, card), commands=self.commands(name, done, budget))
             for (name, done), truth in zip(sides.items(), truths, strict=True)
         ]
+        for reward in self.witness:
+            made = witnesses.scored(made, reward)
         subtitle = "Steered by the reward alone. Truth is the exact verifier's word, which took no part in the choice."
         command = f"diffalign demo --n {self.n} --prompts {self.prompts} --split {self.split} --seed {self.seed}"
         heading = Heading(title="One draw, and what search makes of it", subtitle=subtitle, command=command)

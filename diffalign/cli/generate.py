@@ -35,11 +35,15 @@ class Generate(PromptVerb):
     diffalign generate -p "two red circles" --method search --seconds 20 --reward clip tune.method=beam
     diffalign generate -p "two red circles" -m shapes-turbo --method reno --reward clip
     diffalign generate --prompts my.txt -m stabilityai/stable-diffusion-3-medium-diffusers --reward mine.py:sharp:2.0
+    diffalign generate -p "make it winter" --image street.png -m timbrooks/instruct-pix2pix
     diffalign generate --config best_of_n_shapes n=8 call.guidance_scale=4
     """
 
     NAME: ClassVar[str] = "generate"
     out: Annotated[str | None, Opt("Folder for images, results.jsonl and card.json.")] = "out/generate"
+    image: Annotated[
+        str | None, Opt("Picture to edit, or a folder: one for all prompts, one prompt for all, or one each.")
+    ] = None
     method: Annotated[str, Opt("stock, or a drop-in pipeline: see `diffalign ls pipelines`.")] = "stock"
     reward: Annotated[
         tuple[str, ...] | dict[str, Any],
@@ -68,6 +72,20 @@ class Generate(PromptVerb):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, but it must be at least 1.")
 
+    def cases(self) -> list[Case]:
+        """What is asked, each case with its seed and, where it is an edit, its picture."""
+        from diffalign.cli import edits
+
+        cases = super().cases()
+        if self.prompts is not None:
+            cases = edits.with_named(cases, Path(self.prompts))
+        if self.image is None:
+            return cases
+        cases = edits.with_image(cases, self.image, self.limit)
+        if self.image_seed is not None and len(cases) > 1:
+            raise ConfigError(f"image_seed is one image's own seed, but '{self.image}' has {len(cases)} pictures.")
+        return cases
+
     def options(self) -> dict[str, Any]:
         """What the method is told beyond the stock arguments."""
         from diffalign.budget import Limits
@@ -93,11 +111,11 @@ class Generate(PromptVerb):
         told: dict[str, Any] = (own if self.method != "stock" else {}) | {"lora": self.lora}
         return {"name": self.method, **{name: value for name, value in told.items() if value}}
 
-    def again(self, case: Case) -> str:
-        """The command that makes this one image again."""
+    def again(self, case: Case, image: str | None = None) -> str:
+        """The command that makes this one image again; `image` is the file of the picture that is edited."""
         names = SETTLED if self.method == "stock" else SETTLED + STEERS
         settled = {name: getattr(self, name) for name in names}
-        return words(Generate, {"prompt": (case.prompt,), "image_seed": case.seed, **settled})
+        return words(Generate, {"prompt": (case.prompt,), "image_seed": case.seed, "image": image, **settled})
 
     def cost(self) -> dict[str, Any]:
         prompts, each = len(self.cases()), self.rows_per_image(self.pipeline_call())
@@ -122,6 +140,7 @@ class Generate(PromptVerb):
         from diffalign import atomic, registry, scoring
         from diffalign.bench.card import card_of
         from diffalign.bench.sample import sample
+        from diffalign.cli import edits
         from diffalign.cli.truth import passes, progress
 
         cases, out = self.cases(), atomic.require_folder(self.out or "out/generate")
@@ -135,7 +154,9 @@ class Generate(PromptVerb):
 
             def write(done: Sampled, new: list[int]) -> None:
                 for i in new:
-                    told = {"command": self.again(cases[i])}
+                    given = edits.inputs_of(cases[i], f"{i:05d}", out)
+                    picture = given.get("inputs", {}).get("source")
+                    told = given | {"command": self.again(cases[i], picture and str(out / picture))}
                     rows.extend(row | told for row in _write(done, i, out, self.top_k))
                 advance(len(new))
 
@@ -200,7 +221,11 @@ def _scores(done: Sampled, i: int, rank: int) -> dict[str, Any]:
     found = done.scores[i]
     if found is None:
         return {}
-    return {"reward": float(found.total[rank]) if bool(found.valid[rank]) else None, "parts": found.parts_at(rank)}
+    from diffalign.cli.edits import checks_of
+
+    parts = found.parts_at(rank)
+    told = {"reward": float(found.total[rank]) if bool(found.valid[rank]) else None, "parts": parts}
+    return told | ({"checks": checks} if (checks := checks_of(parts)) else {})
 
 
 def _mark(rows: list[dict[str, Any]], passed: list[bool] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from diffalign.gallery.pictures import IMAGES, VIDEOS
 from diffalign.gallery.sides import Item, Picture, Role, Side, numbered
 
 AGAIN = "Make the run again."
+QUESTION = re.compile(r"(^|/)(check|item)/")  # a part that is one question's answer: a check, and no column
 NAMES = ("prompts.jsonl", "prompts.txt")  # beside plain pictures: their prompts, in the order of the names
 
 
@@ -57,7 +59,9 @@ def _total_name(card: Mapping[str, Any] | None) -> str:
 
 
 def _row_item(path: Path, key: str, row: Mapping[str, Any], total: str) -> Item:
-    scores = {str(name): rows.number(value) for name, value in rows.mapping(row.get("parts")).items()}
+    checks = [check for check in rows.listed(row.get("checks")) if isinstance(check, dict)]
+    parts = {str(name): rows.number(value) for name, value in rows.mapping(row.get("parts")).items()}
+    scores = {name: value for name, value in parts.items() if not QUESTION.search(name)}
     if "reward" in row:
         scores = {total: rows.number(row["reward"]), **scores}
     if "truth" in row:
@@ -74,7 +78,7 @@ def _row_item(path: Path, key: str, row: Mapping[str, Any], total: str) -> Item:
         inputs=_inputs(path, row.get("inputs")),
         instruction=rows.text(row.get("instruction")),
         steps={str(name): rows.listed(values) for name, values in rows.mapping(row.get("steps")).items()} or None,
-        checks=[check for check in rows.listed(row.get("checks")) if isinstance(check, dict)],
+        checks=checks,
         candidates=candidates if isinstance(candidates := row.get("candidates"), int) else None,
     )
 

@@ -5,6 +5,7 @@ Scenes, edits and wear are drawn from seeds that training never uses; truth is e
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,9 +104,11 @@ def attempt_of(triple: EditTriple, case: Case, outcome: str, rng: random.Random,
 
 
 def spearman(a: Any, b: Any) -> float:
-    """Rank correlation; ties share their mean rank."""
+    """Rank correlation; ties share their mean rank, and what never changes has none."""
     from scipy.stats import spearmanr
 
+    if min(a) == max(a) or min(b) == max(b):
+        return math.nan
     return float(spearmanr(a, b).statistic)
 
 

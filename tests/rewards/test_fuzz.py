@@ -52,6 +52,10 @@ KEYS = (
     "mask",
     "goal",
     "reference",
+    "instruction",
+    "rubric",
+    "key_facts",
+    "edit",
 )
 DTYPES = (
     *(torch.float32,) * 6,
@@ -97,7 +101,7 @@ def pack(
         yield {name: make_reward(spec) for name, spec in told.items()}
 
 
-SPEED_ONLY = {"micro_batch", "checkpointing", "workers"}  # they change no score
+SPEED_ONLY = {"micro_batch", "checkpointing", "workers", "log"}  # they change no score
 ELSEWHERE = {("layout", "step"), ("ocr", "engine"), ("partial", "dominance")}  # in the stage, the version, the weights
 PARTS = {"rewards", "inner", "monitor", "rule", "model", "terms", "routes", "default", "similarity", "table"}
 
