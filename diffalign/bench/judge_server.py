@@ -30,6 +30,7 @@ class JudgeServerBench:
     rounds: int = 5  # each takes all of `at_once` in turn, in another order
     tokens: int = 32  # of a reply at most
     side: int = 64  # of the picture
+    pictures: bool = True  # without them a server that batches text only can show it
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -127,7 +128,7 @@ def _asked(config: JudgeServerBench) -> list[tuple[str, tuple[torch.Tensor, ...]
     return [
         (
             f'Does the picture show "{prompts[k % len(prompts)]}"?',
-            (torch.rand(3, config.side, config.side, generator=generator),),
+            (torch.rand(3, config.side, config.side, generator=generator),) if config.pictures else (),
         )
         for k in range(config.questions)
     ]

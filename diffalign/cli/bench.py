@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from diffalign.cli.bench_judges import Judges
+from diffalign.cli.bench_judges import Judges, Server
 from diffalign.cli.bench_rewards import Rewards
 from diffalign.cli.bench_said import said
 from diffalign.cli.bench_scores import Mixing, Scoring
@@ -90,4 +90,4 @@ class Pace(Verb):
         return found
 
 
-VERBS: tuple[type[Verb], ...] = (Seam, Pace, Search, Rewards, Scoring, Mixing, Judges)
+VERBS: tuple[type[Verb], ...] = (Seam, Pace, Search, Rewards, Scoring, Mixing, Judges, Server)

@@ -55,6 +55,46 @@ class Judges(Verb):
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Server(Verb):
+    """How many questions a second a judge's server answers: several at once over one at a time, and a repeated run.
+
+    Every number of requests at once is timed in turn, --rounds times; gains are over one at a time, with intervals over
+    rounds. The repeated run goes through the request cache and should make no request.
+
+    \b
+    diffalign bench server http://127.0.0.1:8000/v1
+    diffalign bench server http://127.0.0.1:8000/v1#my-model --no-pictures --json server.json
+    """
+
+    NAME: ClassVar[str] = "server"
+    url: Annotated[str, Opt("Address of the server, with #model where it has several.", positional=True)]
+    questions: Annotated[int, Opt("Questions in one measurement.")] = 32
+    rounds: Annotated[int, Opt("Measurements of each kind.")] = 5
+    tokens: Annotated[int, Opt("Tokens of a reply at most.")] = 32
+    pictures: Annotated[bool, Opt("Whether questions show a picture.")] = True
+
+    def __post_init__(self) -> None:
+        self.config()
+
+    def config(self) -> Any:
+        from diffalign.bench.judge_server import JudgeServerBench
+
+        names = ("questions", "rounds", "tokens", "pictures", "seed")
+        return JudgeServerBench(**{name: getattr(self, name) for name in names})
+
+    def run(self) -> dict[str, Any]:
+        from diffalign.bench import judge_server
+        from diffalign.cli.bench_said import said
+
+        url, _, model = self.url.partition("#")
+        with said() as on_step:
+            found = judge_server.measure(url, self.config(), on_step=on_step, **({"model": model} if model else {}))
+        for line in lines(found):
+            print(line)
+        return found
+
+
 def lines(found: Any, path: str = "") -> list[str]:
     """Every figure on a line of its own, intervals in brackets."""
     if isinstance(found, dict) and {"mean", "lo", "hi"} <= set(found):

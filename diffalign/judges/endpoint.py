@@ -78,7 +78,7 @@ class EndpointJudge:
         self._line = Line(address.url, address.key, concurrency=concurrency, retries=retries, timeout=timeout)
         self._sender = Sender(self._line, how)
         self._going: dict[str, _Going] = {}
-        self._lock = threading.Lock()
+        self._lock, self._counting = threading.Lock(), threading.Lock()
 
     @property
     def requests(self) -> int:
@@ -167,7 +167,7 @@ class EndpointJudge:
         found = [NOT_FINITE if one is None else _known(one, kept) for one in asked]
         rows = [k for k, told in enumerate(found) if told is None]
         missing = [one for k in rows if (one := asked[k]) is not None]
-        self.answered += sum(told is not None and told is not NOT_FINITE for told in found)
+        self._count(sum(told is not None and told is not NOT_FINITE for told in found))
         if missing:
             try:
                 came = self._line.run(lambda: self._sent(missing, choosing))
@@ -198,11 +198,11 @@ class EndpointJudge:
         going = self._going.get(key)
         if going is None:
             if known := _known(one, self.cache.lookup(list(one.keys.values()))):  # it came in the meantime
-                self.answered += 1
+                self._count(1)
                 return known
             going = self._going[key] = _Going(asyncio.ensure_future(self._kept(one)))
         else:
-            self.answered += 1
+            self._count(1)
         going.waiting += 1
         try:
             return await asyncio.shield(going.task)
@@ -212,6 +212,10 @@ class EndpointJudge:
                 going.task.cancel()
                 if self._going.get(key) is going:
                     del self._going[key]
+
+    def _count(self, answered: int) -> None:
+        with self._counting:
+            self.answered += answered
 
     async def _kept(self, one: _Asked) -> Told:
         told = await one.send()

@@ -132,7 +132,7 @@ class Line:
     def _client(self, running: _Running) -> Any:
         if running.client is None:
             openai = _openai()
-            patience = openai.Timeout(self.timeout, connect=min(TO_CONNECT, self.timeout))
+            patience = openai.Timeout(self.timeout, connect=TO_CONNECT)
             made = openai.AsyncOpenAI(base_url=self.url, api_key=self._key, max_retries=0, timeout=patience)
             running.client = made
         return running.client

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from diffalign.judges.endpoint_template import FILE as decision_file
+from diffalign.judges.endpoint_template import decision_template
 from diffalign.world.rendering import render
 from diffalign.world.scenes import CANVAS, COLOURS, SHAPES, Scene
 from diffalign.zoo.curriculum import LONG, SHORT, draw
@@ -258,6 +260,8 @@ def write(model: Any, words: Any, target: Path) -> Path:
 
     target.mkdir(parents=True, exist_ok=True)
     processor(words).save_pretrained(target)
+    decisions = decision_template("<|user|>", IMAGE, f"{END}<|assistant|>")  # a server then asks in the words it learnt
+    (target / decision_file).write_text(decisions, encoding="utf-8")
     model.generation_config.eos_token_id = words.eos_token_id
     model.generation_config.pad_token_id = words.pad_token_id
     model.generation_config.save_pretrained(target)

@@ -13,7 +13,17 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-COMMAND = "from transformers.cli.transformers import main; main()"
+COMMAND = """
+import os, threading, time
+parent = os.getppid()
+def watch():  # a test that is killed leaves no server behind
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+from transformers.cli.transformers import main
+main()
+"""
 PATIENCE = 120.0  # seconds
 
 

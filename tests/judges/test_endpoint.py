@@ -123,8 +123,8 @@ def test_a_model_that_is_not_served_is_an_error(server: Server) -> None:
 
 
 def test_a_server_too_slow_is_a_problem_and_not_a_number(server: Server) -> None:
-    asked = judge(server, timeout=0.02, retries=0)
-    assert all("no answer within" in reply.problem for reply in asked.reply(questions(3)))
+    asked = judge(server, timeout=0.001, retries=0)
+    assert all("no answer within 0.001 s" in reply.problem for reply in asked.reply(questions(3)))
     with pytest.warns(UserWarning, match="no answer within"):
         assert judge(server, timeout=0.001, retries=0, how="systemone").decide(DECISIONS[:2]) == [None, None]
     assert judge(server).reply(questions(1))[0].text  # and it still answers those with patience
