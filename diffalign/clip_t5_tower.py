@@ -30,6 +30,7 @@ from diffalign.vision import Preprocess, Route, pad_to
 HUB, SMALL_HUB = "zhiqiulin/clip-flant5-xxl", "zhiqiulin/clip-flant5-xl"
 TOKENIZER, VISION = "google/flan-t5-xxl", "openai/clip-vit-large-patch14-336"
 SETTINGS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
+WORDS = ("tokenizer.json", "spiece.model")  # either is a tokenizer
 STATES = ("model.safetensors", "pytorch_model.bin")  # each alone, or in shards with an index
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 GROUND = tuple(int(value * 255) / 255 for value in MEAN)  # what a picture is padded with: an 8-bit level
@@ -59,7 +60,9 @@ class ClipT5Tower:
     def version(self) -> str:
         """What tells these weights and settings from others."""
         told = [*self.files, *(self.folder / name for name in SETTINGS if (self.folder / name).is_file())]
-        return " ".join(weights.digest(file) for file in told)
+        own = any((self.folder / name).is_file() for name in WORDS)
+        beside = [_mark(self.vision, STATES)] if own else [_mark(self.vision, STATES), _mark(self.words, SETTINGS)]
+        return " ".join([*(weights.digest(file) for file in told), *beside])
 
     @cached_property
     def folder(self) -> Path:
@@ -80,7 +83,7 @@ class ClipT5Tower:
         from transformers import T5Tokenizer
 
         folder = self.folder
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        if not any((folder / name).is_file() for name in WORDS):
             folder = Path(self.words).expanduser()
             folder = folder if folder.is_dir() else _download(self.words, None, (), "tokenizer")
         try:
@@ -245,6 +248,16 @@ def _of_clip(name: str) -> str | None:
     """The picture tower of a whole CLIP model."""
     within = name.startswith("vision_model.") and not name.endswith("position_ids")
     return f"vision.{name.removeprefix('vision_model.')}" if within else None
+
+
+def _mark(given: str, names: Sequence[str]) -> str:
+    """A hub id as it is, or the digests of these files and their shards in a folder."""
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        return given
+    kinds = {name: name.rpartition(".") for name in names}
+    files = sorted({file for stem, _, suffix in kinds.values() for file in folder.glob(f"{stem}*.{suffix}*")})
+    return " ".join(weights.digest(file) for file in files)
 
 
 def _states(folder: Path, option: str) -> list[Path]:

@@ -72,7 +72,7 @@ def pictures(given: Any, rows: int) -> list[Image.Image | None]:
     if given is None:
         return [None] * rows
     if isinstance(given, Tensor | np.ndarray):
-        batch = to_tensor(given)
+        batch = _shown(given)
         each: list[Any] = [_plain(p) for p in (batch if batch.ndim == 4 else batch[None])]
     else:
         each = list(given) if isinstance(given, list | tuple) else [given]
@@ -85,9 +85,17 @@ def _one(picture: Any) -> Image.Image | None:
     if isinstance(picture, list | tuple):
         return _one(picture[0]) if picture else None
     if isinstance(picture, Tensor | np.ndarray):
-        batch = to_tensor(picture)
+        batch = _shown(picture)
         return _plain(batch if batch.ndim == 3 else batch[0])
     return picture  # type: ignore[no-any-return]
+
+
+def _shown(picture: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    """As a tensor with its channels first, 8-bit levels as shares; height and width alone are a grey picture."""
+    if picture.ndim == 2:
+        picture = picture[..., None] if isinstance(picture, np.ndarray) else picture[None]
+    pixels = to_tensor(picture)
+    return pixels / 255 if pixels.dtype == torch.uint8 else pixels
 
 
 def _plain(pixels: Tensor) -> Image.Image | None:

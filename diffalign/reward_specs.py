@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 from diffalign import config, registry
 from diffalign.errors import ConfigError, MissingExtra
+from diffalign.judges.secrets import without_secrets
 from diffalign.scoring import FunctionReward, Reward
 
 Weighted = tuple[Reward, float]
@@ -80,7 +81,8 @@ def _make(target: Any, name: str, options: Mapping[str, Any]) -> Reward:
         return FunctionReward(target, _checked(target, name, options, skip=2))
     if options:
         raise ConfigError(
-            f"reward '{name}' is an object that already exists, so the options {dict(options)} come too late."
+            f"reward '{name}' is an object that already exists, so the options {without_secrets(options)} come too "
+            "late."
         )
     return target if _is_reward(target) else FunctionReward(target, {})
 

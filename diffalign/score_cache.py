@@ -9,9 +9,8 @@ import inspect
 import json
 import os
 import sqlite3
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.cases import Case
-from diffalign.errors import OutputError
+from diffalign.sqlite_file import SqliteFile
 
 Row = tuple[float, dict[str, float]]  # total, parts
 PICTURES = ("source", "control", "reference")  # what a case may hold
@@ -43,17 +42,12 @@ class ScoreCache:
     def __init__(self, path: str | Path | None) -> None:
         self.keeps = path is not None
         self.path = Path(path or os.devnull)
+        self._file = SqliteFile(self.path, "score cache", _TABLE, "Give another path, or run without a cache.")
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self._held: tuple[Tensor, int, list[str]] | None = None
-        if not self.keeps:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise OutputError(
-                f"cannot make the folder of the score cache '{self.path}': {e}. Give another path."
-            ) from e
+        if self.keeps:
+            self._file.make_folder()
 
     def hold(self, media: Tensor) -> None:
         """Hash these pixels (B, ...) once for all rewards that are asked about them next."""
@@ -76,7 +70,7 @@ class ScoreCache:
         """The stored row of each key; None where there is none, or where the key is None."""
         wanted, found = list(dict.fromkeys(key for key in keys if key)), dict[str, Row]()
         if wanted and self.keeps:
-            with self._open() as db:
+            with self._file.open(reads=True) as db:
                 for start in range(0, len(wanted), _AT_ONCE):
                     found |= _read(db, wanted[start : start + _AT_ONCE])
         return [found.get(key) if key else None for key in keys]
@@ -90,66 +84,15 @@ class ScoreCache:
         """Keep rows in one transaction; rows without a key and invalid rows are left out."""
         found = [(k, t, json.dumps(p)) for k, (t, p) in zip(keys, rows, strict=True) if k and np.isfinite(t)]
         if found and self.keeps:
-            with self._open() as db, db:
+            with self._file.open() as db, db:
                 db.executemany("INSERT OR REPLACE INTO scores_1 VALUES (?, ?, ?)", found)
 
     def __len__(self) -> int:
         if not self.keeps:
             return 0
-        with self._open() as db:
+        with self._file.open(reads=True) as db:
             return int(db.execute("SELECT count(*) FROM scores_1").fetchone()[0])
         return 0
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """One connection per use: nothing to share across threads or a fork."""
-        inode = self._inode()
-        try:
-            with contextlib.closing(self._connect()) as db:
-                yield db
-        except sqlite3.OperationalError as e:
-            raise OutputError(
-                f"cannot use the score cache '{self.path}': {e}. Give another path, or run without a cache."
-            ) from e
-        except sqlite3.DatabaseError as e:
-            self._set_aside(e, inode)
-
-    def _connect(self) -> sqlite3.Connection:
-        inode = self._inode()
-        db = sqlite3.connect(self.path, timeout=60.0)
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=NORMAL")
-            db.execute(_TABLE)
-            return db
-        except sqlite3.OperationalError:
-            db.close()
-            raise
-        except sqlite3.DatabaseError as e:
-            db.close()
-            self._set_aside(e, inode)
-        return self._connect()
-
-    def _inode(self) -> int | None:
-        return self.path.stat().st_ino if self.path.exists() else None
-
-    def _set_aside(self, error: Exception, inode: int | None) -> None:
-        """Move the unreadable file away, unless another process has replaced it in the meantime."""
-        if self._inode() != inode:
-            return
-        aside = self.path.with_name(self.path.name + ".unreadable")
-        try:
-            self.path.replace(aside)
-            for suffix in ("-wal", "-shm"):
-                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
-        except FileNotFoundError:
-            return  # another process was faster
-        except OSError as e:
-            raise OutputError(f"the score cache '{self.path}' is unreadable ({error}) and cannot be moved: {e}.") from e
-        warnings.warn(
-            f"the score cache '{self.path}' is unreadable ({error}); it is now '{aside.name}', and a new one starts.",
-            stacklevel=2,
-        )
 
 
 def _read(db: sqlite3.Connection, keys: Sequence[str]) -> dict[str, Row]:

@@ -26,10 +26,13 @@ __all__ = [
     "ScoreCache",
     "WeightedReward",
     "engine_version",
+    "is_listwise",
     "leaves",
     "make_reward",
+    "problems_of",
     "rate",
     "require_gradient",
+    "require_rowwise",
     "score",
 ]
 
@@ -53,15 +56,14 @@ def score(
     if not all_invalid and not found.valid.any():
         raise InvalidReward(
             f"reward '{reward.name}' is NaN for all {len(cases)} rows, so there is nothing to choose from; "
-            f"the first prompt is '{cases[0].prompt[:80]}'. "
-            "Check that the images are finite and that the reward can read them."
+            f"the first prompt is '{cases[0].prompt[:80]}'. {_why_invalid(reward, cases)}"
         )
     return found
 
 
 def _chunks(reward: Reward, cases: Sequence[Case], size: int) -> list[slice]:
     """At most `size` rows at once; neighbours of one prompt stay together for a reward that compares them."""
-    beside = any(getattr(leaf, "listwise", False) for leaf in leaves(reward))
+    beside = is_listwise(reward)
     cuts = [0]
     for k in range(1, len(cases) + 1):
         whole = beside and k < len(cases) and cases[k].prompt == cases[k - 1].prompt
@@ -74,8 +76,43 @@ def none_valid(reward: Reward, case: Case, count: int) -> InvalidReward:
     """The error for a prompt none of whose candidates could be scored."""
     return InvalidReward(
         f"reward '{reward.name}' is NaN for all {count} candidates of '{case.prompt[:80]}', so there is nothing to "
-        "choose from. Check that the images are sound and the reward can read them."
+        f"choose from. {_why_invalid(reward, [case])}"
     )
+
+
+def _why_invalid(reward: Reward, cases: Sequence[Case]) -> str:
+    """What each judge last had against a picture of these prompts; without one, what to look at."""
+    if found := problems_of(reward, cases):
+        return "; ".join(f"{name} says: {problem}" for name, problem in found.items()) + "."
+    return "Check that the images are finite and that the reward can read them."
+
+
+def problems_of(reward: Reward, cases: Sequence[Case]) -> dict[str, str]:
+    """The latest problem that each leaf which keeps its judgements had with one of these prompts, by its name."""
+    prompts, found = {case.prompt for case in cases}, dict[str, str]()
+    for leaf in leaves(reward):
+        for case, judgement in reversed(tuple(getattr(leaf, "judgements", ()))):
+            if judgement.problem and case.prompt in prompts:
+                found[leaf.name] = judgement.problem
+                break
+    return found
+
+
+def is_listwise(reward: Reward) -> bool:
+    """Whether a row's score depends on the other rows of its prompt."""
+    return any(getattr(leaf, "listwise", False) for leaf in leaves(reward))
+
+
+def require_rowwise(reward: Reward, who: str) -> None:
+    """Refuse a reward that compares the pictures of a prompt, in the name of `who` sees a few at a time."""
+    beside = [leaf.name for leaf in leaves(reward) if getattr(leaf, "listwise", False)]
+    if beside:
+        raise ConfigError(
+            f"{who} scores a few pictures at a time, and reward '{beside[0]}' compares all of a prompt, so its scores "
+            "of two steps would not be on one scale. Let it score each picture by itself, with `against: reference` "
+            "(pairwise) or `group: 1` (principle), or use BestOfNPipeline (--method best_of_n), which scores all "
+            "candidates together."
+        )
 
 
 def require_gradient(reward: Reward, who: str) -> None:
@@ -134,7 +171,11 @@ def _through_cache(cache: ScoreCache, reward: Reward, media: Tensor, cases: Sequ
 def _per_frame(reward: Reward, media: Tensor, cases: Sequence[Case], ask: Ask) -> Score:
     """An image reward judges a video by the mean over its frames; one unreadable frame makes the row invalid."""
     frames = media.shape[1]
-    each = ask(reward, media.flatten(0, 1), [case for case in cases for _ in range(frames)])
+    if getattr(reward, "listwise", False):  # frames of one time are compared, never those of one video
+        moments = Score.concat([ask(reward, media[:, k], cases) for k in range(frames)])
+        each = moments.select(torch.arange(len(moments)).view(frames, -1).T.flatten())
+    else:
+        each = ask(reward, media.flatten(0, 1), [case for case in cases for _ in range(frames)])
     parts = {name: part.view(-1, frames).mean(1) for name, part in each.parts.items()}
     return Score(each.total.view(-1, frames).mean(1), parts, each.valid.view(-1, frames).all(1))
 

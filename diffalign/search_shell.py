@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from diffalign import scoring
 from diffalign.restore import frozen
 from diffalign.searching import Method, Options, Session
 from diffalign.shell import Shell
@@ -41,10 +42,14 @@ class SearchShell(Shell):
         kwargs: dict[str, Any],
         name: str,
         methods: Sequence[tuple[Method, float]],
+        *,
+        reward: Any,
         **options: Any,
     ) -> Any:
         """Methods with their shares of the budget; each may start from the noise the one before found best."""
         extra = {key: kwargs.pop(key) for key in self.ADVANCED if key in kwargs}
-        session = Session(self, args, kwargs, Options(**options, **extra))
+        made = scoring.make_reward(reward)
+        scoring.require_rowwise(made, f"method '{name}'")
+        session = Session(self, args, kwargs, Options(reward=made, **options, **extra))
         with torch.no_grad(), frozen(session.chain.driver.modules.values()):
             return session.run(name, methods)

@@ -4,11 +4,13 @@ Paper: "Asymptotics of Language Model Alignment", Yang et al., 2024 (arXiv 2404.
 the distribution; the formulas live in `diffalign/search/best_of_n.py`.
 
 Where we differ: nowhere. Candidate 0 is the stock image for the caller's generator; later candidates draw from seeds of
-their own, derived from the case's seed (`cases.candidate_seed`).
+their own, derived from the case's seed (`cases.candidate_seed`). A reward that compares a prompt's pictures with each
+other is asked once, about all its candidates, after the last draw.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from diffalign import media, scoring
 from diffalign.budget import Budget, Limits, limits_of
+from diffalign.cases import Case
 from diffalign.errors import BudgetError, ConfigError
 from diffalign.registry import register_pipeline
 from diffalign.report import BestOfNReport
@@ -38,8 +41,11 @@ class Search:
         self.top_k: int | None = None
         self.budget = Budget(prompts=self.prompts)
         self.score_options: dict[str, Any] = {}
-        self.scores: list[Score] = []  # one per stock call, rows in the order of its output
-        self.curve: list[tuple[float, float, float]] = []
+        self.together = scoring.is_listwise(reward)  # whether a prompt's candidates are scored beside each other
+        self.drawn: list[Tensor] = []  # pixels of each stock call, kept only for that
+        self.place = torch.device("cpu")  # where they came from
+        self.scores: list[Score] = []  # one per stock call, rows in the order of its output; together, one per prompt
+        self.marks: list[tuple[float, float]] = []  # NFE and seconds per prompt after each stock call
         self.kept: dict[tuple[int, int], dict[Any, Any]] = {}  # (prompt, candidate) -> its row of every output field
         self.output: Any = None
 
@@ -61,26 +67,46 @@ class Search:
             self._require(cost)
             bar.update(self.request.per_call)
             while self._wants_more() and self.budget.allows(**cost):
-                cost["seconds"] = max(cost["seconds"], self._draw(len(self.scores))["seconds"])
+                cost["seconds"] = max(cost["seconds"], self._draw(len(self.marks))["seconds"])
                 bar.update(self.request.per_call)
+        if self.together:
+            self._compare()
         return self._assemble()
 
     def _draw(self, number: int) -> dict[str, Any]:
-        """One stock call, scored; returns what it cost."""
+        """One stock call, scored unless that comes last; returns what it cost."""
         before, start = (self.budget.nfe, self.budget.decodes, self.budget.reward_calls), self.budget.seconds
         self.output, pixels = self.pipe.render(self.request.asked(number), self.budget)
         if number == 0:
             self.request.settle(len(pixels))
             self._check_calls()
         cases = self.request.asked_cases(number)
-        found = scoring.score(self.reward, pixels, cases, all_invalid=True, **self.score_options)
+        if self.together:
+            self.drawn.append(pixels.cpu())
+            self.place = pixels.device
+        else:
+            self._score(pixels, cases)
         self.budget.charge(reward_calls=len(cases) * len(scoring.leaves(self.reward)))
-        self.scores.append(Score(found.total.cpu(), {k: v.cpu() for k, v in found.parts.items()}, found.valid.cpu()))
         self._keep(number, pixels)
-        self._mark()
+        now = self.budget.spent()
+        self.marks.append((now["nfe"], now["seconds"]))
         nfe, decodes, calls = before
         spent = {"nfe": self.budget.nfe - nfe, "decodes": self.budget.decodes - decodes}
         return spent | {"reward_calls": self.budget.reward_calls - calls, "seconds": self.budget.seconds - start}
+
+    def _score(self, pixels: Tensor, cases: Sequence[Case]) -> None:
+        found = scoring.score(self.reward, pixels, cases, all_invalid=True, **self.score_options)
+        self.scores.append(Score(found.total.cpu(), {k: v.cpu() for k, v in found.parts.items()}, found.valid.cpu()))
+
+    def _compare(self) -> None:
+        """Score all candidates of each prompt in one go."""
+        each = self.request.per_call
+        cases = [self.request.asked_cases(number) for number in range(len(self.drawn))]
+        for prompt in range(self.prompts):
+            own = slice(prompt * each, (prompt + 1) * each)
+            pixels = torch.cat([call[own] for call in self.drawn]).to(self.place)
+            self._score(pixels, [case for call in cases for case in call[own]])
+        self.drawn.clear()
 
     def _require(self, cost: dict[str, Any]) -> None:
         self.budget.require(**{k: v for k, v in cost.items() if k != "seconds"})
@@ -103,7 +129,7 @@ class Search:
     def _wants_more(self) -> bool:
         if getattr(self.pipe, "_interrupt", False):  # a callback stopped the last call
             return False
-        return self.n is None or len(self.scores) * self.request.per_call < self.n
+        return self.n is None or len(self.marks) * self.request.per_call < self.n
 
     def _keep(self, number: int, pixels: Tensor) -> None:
         """Remember this call's rows, then forget every row that can no longer be among the best."""
@@ -114,6 +140,8 @@ class Search:
             for j in range(each):
                 at = prompt * each + j
                 self.kept[prompt, number * each + j] = {k: v[at] for k, v in rows.items() if v is not None}
+        if self.together:  # any may still be the best
+            return
         best = {(p, int(k)) for p, row in enumerate(self._best()) for k in row}
         self.kept = {key: row for key, row in self.kept.items() if key in best}
 
@@ -122,6 +150,8 @@ class Search:
         found, each = Score.concat(self.scores), self.request.per_call
 
         def table(values: Tensor) -> Tensor:
+            if self.together:
+                return values.view(self.prompts, -1)
             calls = values.view(len(self.scores), self.prompts, each)
             return calls.transpose(0, 1).reshape(self.prompts, -1)
 
@@ -131,13 +161,13 @@ class Search:
         found = self._table()
         return best_first(found.total, found.valid, self.top_k or 1)
 
-    def _mark(self) -> None:
-        found = self._table()
-        best = running_best(found.total, found.valid)[:, -1]
-        reached = best[best.isfinite()]
-        mean = float(reached.mean()) if len(reached) else float("nan")
-        spent = self.budget.spent()
-        self.curve.append((spent["nfe"], spent["seconds"], mean))
+    def _curve(self) -> list[tuple[float, float, float]]:
+        """What every stock call had cost, and the mean of the best rewards up to it."""
+        found, each = self._table(), self.request.per_call
+        best = running_best(found.total, found.valid)[:, each - 1 :: each]
+        reached = [column[column.isfinite()] for column in best.unbind(1)]
+        means = [float(column.mean()) if len(column) else float("nan") for column in reached]
+        return [(*mark, mean) for mark, mean in zip(self.marks, means, strict=True)]
 
     def _assemble(self) -> Any:
         found = self._table()
@@ -165,7 +195,7 @@ class Search:
             best=self._best(),
             seeds=[[self.request.told_seed(p, k) for k in range(n)] for p in range(self.prompts)],
             budget=self.budget.spent(),
-            curve=self.curve,
+            curve=self._curve(),
             card=self.request.card(self.pipe) | {"reward_version": self.reward.version, "n": n},
         )
 

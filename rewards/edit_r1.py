@@ -6,7 +6,7 @@ splits the instruction into yes-or-no checks in three categories: followed, rest
 
 Where we differ:
 - The wording is ours; the paper's prompts are not public. `wording` names a file with others.
-- No exemplars are shown to the writer of checks; the paper draws 4 of 60 by experts. `exemplars` is a file of yours.
+- The writer of checks sees exemplars only where `exemplars` is a file of yours; the paper draws 4 of 60 by experts.
 - One judge writes and examines; in the paper a larger one writes.
 - The checks are kept in files that you may edit, with `principles`; an edited file is judged by from the next call on.
 - The reward is score / 10 (`divide`); the paper normalises within a group anyway.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import threading
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ from diffalign.judges.finding import EMBEDDED
 from diffalign.judges.parse import read_checks
 from diffalign.judges.principles import PrincipleBook, Principles, key_of, read_exemplars, read_principles
 from diffalign.judges.protocols import OURS, Sampling, read_wording
-from diffalign.judges.rewarding import instruction_of
+from diffalign.judges.rewarding import instruction_of, mark_of, require_decibel
 from diffalign.registry import register_reward
 
 TOP = 10.0
@@ -63,8 +64,11 @@ class EditR1(EditReward):
         sampling: Sampling = GREEDY,
     ) -> None:
         super().__init__(judge, log)
-        if most < 1 or shown < 1 or not divide > 0:
-            raise ConfigError(f"edit_r1 has most {most}, shown {shown} and divide {divide:g}; all are positive.")
+        if most < 1 or shown < 1 or not 0 < divide < math.inf:
+            raise ConfigError(
+                f"edit_r1 has most {most}, shown {shown} and divide {divide:g}; all are positive, divide finite."
+            )
+        require_decibel(unedited_above, self.name)
         self.book, self.most, self.shown, self.divide = PrincipleBook(principles), most, shown, divide
         self.exemplars = read_exemplars(Path(exemplars).expanduser()) if exemplars else []
         self.sampling, self.at_source_size, self.unedited_above = sampling, at_source_size, unedited_above
@@ -85,7 +89,7 @@ class EditR1(EditReward):
     @property
     def writer(self) -> str:
         """Who writes the checks, with all that decides what they are."""
-        told = [self.backend.version, self.wording.templates["principles"], self.most, self.exemplars, self.shown]
+        told = [mark_of(self.backend), self.wording.templates["principles"], self.most, self.exemplars, self.shown]
         mark = hashlib.sha256(repr([*told, self.sampling]).encode()).hexdigest()[:12]
         return f"{self.backend.name} {mark}"
 
@@ -152,12 +156,12 @@ class EditR1(EditReward):
 
 
 def _schema(count: int) -> Mapping[str, Any]:
-    """Of the verdicts and the final score."""
+    """Of the verdicts and the final score, in the order of the wording: what is said first is reasoned from."""
     checks = {"type": "array", "items": {"enum": [0, 1]}, "minItems": count, "maxItems": count}
     score = {"type": "number", "minimum": 0, "maximum": TOP}
     return {
         "type": "object",
-        "properties": {"checks": checks, "reasoning": {"type": "string"}, "score": score},
-        "required": ["checks", "reasoning", "score"],
+        "properties": {"reasoning": {"type": "string"}, "checks": checks, "score": score},
+        "required": ["reasoning", "checks", "score"],
         "additionalProperties": False,
     }

@@ -16,6 +16,7 @@ Where we differ:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from diffalign.judges.editing import EditReward
 from diffalign.judges.finding import EMBEDDED
 from diffalign.judges.parse import read_scores
 from diffalign.judges.protocols import OURS, Sampling, read_wording
-from diffalign.judges.rewarding import instruction_of
+from diffalign.judges.rewarding import instruction_of, require_decibel
 from diffalign.registry import register_reward
 from diffalign.rules.edit_scores import TOP, Pass, Reduction, accepted, ensemble
 
@@ -59,11 +60,12 @@ class EditScore(EditReward):
         sampling: Sampling = PUBLISHED,
     ) -> None:
         super().__init__(judge, log)
-        if scale < 1 or not divide > 0 or not 1 <= min_passes <= passes:
+        if scale < 1 or not 0 < divide < math.inf or not 1 <= min_passes <= passes:
             raise ConfigError(
                 f"editscore has scale {scale}, divide {divide:g}, passes {passes} and min_passes {min_passes}; scale "
-                "and passes are at least 1, divide is positive, and min_passes from 1 to passes."
+                "and passes are at least 1, divide is positive and finite, and min_passes from 1 to passes."
             )
+        require_decibel(unedited_above, self.name)
         self.passes, self.scale, self.min_passes, self.divide = passes, scale, min_passes, divide
         self.reduce, self.out_of_range, self.sampling = reduce, out_of_range, sampling
         self.at_source_size, self.unedited_above = at_source_size, unedited_above
@@ -86,7 +88,7 @@ class EditScore(EditReward):
         looks = self.wording.say("looks", scale=self.scale)
         asked = ((told, (source, edited)), (looks, (edited,)))
         return [
-            self.sampling.question(text, images, number, schema=words.PAIR_SCHEMA)
+            self.sampling.question(text, images, number, schema=words.pair_schema(self.scale))
             for number in range(self.passes)
             for text, images in asked
         ]
@@ -94,7 +96,7 @@ class EditScore(EditReward):
     def _read(self, text: str) -> tuple[float, ...] | None:
         if self.out_of_range == "invalid":
             return read_scores(text, 2, 0, self.scale)
-        found = read_scores(text, 2, -FAR, FAR)
+        found = read_scores(text, 2, -FAR, FAR, of=self.scale)
         return None if found is None else tuple(min(max(said, 0.0), float(self.scale)) for said in found)
 
     def _judged(self, found: Sequence[tuple[tuple[float, ...] | None, tuple[str, ...]]]) -> Judgement:

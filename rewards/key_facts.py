@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from torch import Tensor
@@ -116,7 +116,8 @@ class KeyFacts(JudgeReward):
         if said is None:
             return Judgement(raw=raw, problem="the judge said nothing")
         chain = [across(facts)] if self.order == "across" else list(facts)
-        held = [check.holds(picture, self._read) for check in self.checks]
+        read = cache(self._read)  # by several checks of text
+        held = [check.holds(picture, read) for check in self.checks]
         told, kept = content(said, chain), style(held, self.checks)
         parts = {"content": told} | ({} if kept is None else {"style": kept})
         parts |= {f"fact/{k}": fact_score(said, fact) for k, fact in enumerate(chain, 1)}

@@ -28,9 +28,9 @@ from diffalign import vision
 from diffalign.cases import Case, derived_seed
 from diffalign.errors import ConfigError
 from diffalign.judges import wording as words
-from diffalign.judges.asking import Backend, Judgement, Question, ask
+from diffalign.judges.asking import LARGEST_SEED, Backend, Judgement, Question, ask
 from diffalign.judges.finding import EMBEDDED
-from diffalign.judges.parse import number, read_json
+from diffalign.judges.parse import number, read_object
 from diffalign.judges.protocols import OURS, read_wording
 from diffalign.judges.rewarding import JudgeReward
 from diffalign.judges.rubric_files import read_principle
@@ -39,7 +39,6 @@ from diffalign.registry import register_reward
 from diffalign.rules.ranking import arrangement, is_ranked
 
 LOW, HIGH = 1.0, 5.0
-SEEDS = 2**31 - 1  # the largest that servers take
 DEFAULT = "it shows what the words say, nothing less and nothing more"
 UNREAD = "no reply gave every picture a score from 1 to 5"
 
@@ -134,7 +133,7 @@ class PrincipleReward(JudgeReward):
         prompt = cases[rows[0]].prompt
         text = self.wording.say("principle", names=names, prompt=prompt, principle=self.principle.principle)
         images = tuple(pictures[rows[k]] for k in order)
-        seed = derived_seed(0, "principle", prompt, *order) & SEEDS
+        seed = derived_seed(0, "principle", prompt, *order) & LARGEST_SEED
         return Question(
             text=text, images=images, temperature=self.temperature, seed=seed, max_tokens=128 + 64 * len(order)
         )
@@ -146,10 +145,10 @@ class PrincipleReward(JudgeReward):
 
 def read_reply(text: str, count: int) -> Said | None:
     """The scores of picture-1 to picture-`count`, None where one is missing, unasked for or no number from 1 to 5."""
-    found = read_json(text)
-    given = found.get("scores") if isinstance(found, Mapping) else None
+    found = read_object(text)
+    given = None if found is None else found.get("scores")
     names = [f"picture-{k + 1}" for k in range(count)]
-    if not isinstance(found, Mapping) or not isinstance(given, Mapping) or set(given) != set(names):
+    if found is None or not isinstance(given, Mapping) or set(given) != set(names):
         return None
     scores = [number(given[name], LOW, HIGH) for name in names]
     read = tuple(score for score in scores if score is not None)

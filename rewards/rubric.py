@@ -34,8 +34,8 @@ from diffalign.judges.asking import Backend, Judgement
 from diffalign.judges.editing import likeness
 from diffalign.judges.finding import EMBEDDED, find_judge
 from diffalign.judges.protocols import OURS, read_wording, require_images
-from diffalign.judges.rewarding import JudgeReward, instruction_of
-from diffalign.judges.rubric_files import Rubric, RubricFolder, read_rubric, rubric_of
+from diffalign.judges.rewarding import JudgeReward, instruction_of, require_decibel
+from diffalign.judges.rubric_files import MOST_ITEMS, Rubric, RubricFolder, read_rubric, rubric_of
 from diffalign.judges.rubric_judging import MOST, TEXTS, Checked, How, Row, check
 from diffalign.judges.rubric_writing import RubricWriter, Written, key_of
 from diffalign.registry import register_reward
@@ -76,11 +76,12 @@ class RubricReward(JudgeReward):
     ) -> None:
         super().__init__(judge, log)
         require_arithmetic(gate, strength, total, self.name)
-        if ask not in ("together", "each") or at_once < 1 or items < 1:
+        if ask not in ("together", "each") or at_once < 1 or not 1 <= items <= MOST_ITEMS:
             raise ConfigError(
                 f"rubric has ask {ask!r}, at_once {at_once} and items {items}; ask is together or each, the others "
-                "are at least 1."
+                f"are at least 1, items at most {MOST_ITEMS}."
             )
+        require_decibel(unedited_above, self.name)
         self._given, self._writer, self.write = rubric, writer, write
         self.folder = Path(folder).expanduser() if folder else None
         self.how, self.at_once, self.items = ask, at_once, items

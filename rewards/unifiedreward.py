@@ -56,8 +56,8 @@ class UnifiedReward(JudgeReward):
         sampling: Sampling = Sampling(),
     ) -> None:
         super().__init__(judge, log)
-        if not divide > 0 or (size is not None and size < 1):
-            raise ConfigError(f"unifiedreward has divide {divide:g} and size {size}; both are positive.")
+        if not 0 < divide < math.inf or (size is not None and size < 1):
+            raise ConfigError(f"unifiedreward has divide {divide:g} and size {size}; both are positive and finite.")
         self.form, self.counts, self.divide, self.size, self.sampling = form, counts, divide, size, sampling
         ours = {"point": words.FINAL_SCORE} if form == "point" else {"three": words.THREE_SCORES}
         self.wording = read_wording(wording, ours, self.name)

@@ -30,6 +30,7 @@ from diffalign.errors import ConfigError
 from diffalign.judges.asking import Backend, Decision, Judgement
 from diffalign.judges.finding import EMBEDDED
 from diffalign.judges.rewarding import JudgeReward
+from diffalign.judges.secrets import without_secrets
 from diffalign.judges.wording import SHOWS
 from diffalign.registry import register_reward
 from diffalign.scoring import Score
@@ -72,7 +73,7 @@ class VQAScore(JudgeReward):
     @property
     def options(self) -> dict[str, Any]:
         """Everything that changes the score."""
-        own = {"path": self.path} if self.variant == "t5" else {"probability": self.probability}
+        own = {"path": self.path, "probability": self.probability}
         return {"variant": self.variant, "question": self.question, **self.judge_options, **own}
 
     @property
@@ -178,8 +179,8 @@ def _t5_settings(judge: Any) -> dict[str, Any]:
     unknown = sorted(set(map(str, told)) - set(T5_SETTINGS))
     if unknown or not all(isinstance(value, str) for value in told.values()) or "model" not in told:
         raise ConfigError(
-            f"vqascore.judge is {str(judge)[:80]!r}, but variant: t5 takes the hub id or folder of a CLIP-FlanT5, or a "
-            f"mapping of {', '.join(T5_SETTINGS)}."
+            f"vqascore.judge is {str(without_secrets(judge))[:80]!r}, but variant: t5 takes the hub id or folder of a "
+            f"CLIP-FlanT5, or a mapping of {', '.join(T5_SETTINGS)}."
         )
     if told.get("dtype", "bfloat16") not in ("bfloat16", "float32"):
         raise ConfigError(

@@ -335,6 +335,23 @@ def test_the_version_tells_weights_and_settings_apart(model: Stock, folder: Path
     assert make(write(tmp_path / "c", published(model), d_kv=16)).version != found[0]
 
 
+def test_the_version_tells_what_lies_beside_the_checkpoint_apart(model: Stock, folder: Path, tmp_path: Path) -> None:
+    bare = write(tmp_path / "bare", published(model))
+    for name in ("tokenizer.json", "spiece.model"):
+        (bare / name).unlink(missing_ok=True)
+    for place in ("words", "other"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "tokenizer.json").write_text(place)
+        (tmp_path / place / "model.safetensors").write_text(place)
+    one, two = str(tmp_path / "words"), str(tmp_path / "other")
+    assert make(bare, tokenizer=one).version != make(bare, tokenizer=two).version
+    assert make(folder, tokenizer=one).version == make(folder, tokenizer=two).version
+    assert make(folder, vision=one).version != make(folder, vision=two).version
+    (tmp_path / "words" / "tokenizer.json").write_text("changed since")
+    before = make(bare, tokenizer=one).version
+    assert before != make(bare, tokenizer=two).version
+
+
 @pytest.mark.parametrize(
     ("model", "kind"),
     [("/nowhere/at/all", ConfigError), ("nowhere", ConfigError), ("nobody/nothing", HubError)],

@@ -16,6 +16,7 @@ LAYERS = [  # each may import itself and what stands before it
         "scoring",
         "reward_kinds",
         "score_cache",
+        "sqlite_file",
         "calibration",
         "rules",
         "weights",

@@ -18,7 +18,7 @@ from diffalign.judges.asking import Decision
 from diffalign.judges.finding import EMBEDDED
 from diffalign.judges.wording import BETTER, FIRST, SECOND, fill
 from diffalign.scoring import make_reward, score
-from diffalign.world.edit_sets import OUTCOMES
+from diffalign.world.edit_sets import OUTCOMES, picture
 from diffalign.world.grammar import say
 from diffalign.world.rendering import render
 from diffalign.zoo.lessons import Pupil, soft
@@ -226,26 +226,42 @@ def position_bias(config: JudgeBench) -> dict[str, Any]:
         if (gap := soft(clauses, a) - soft(clauses, b)) != 0:
             first, second = (worn(render(scene), pupil.wear()) for scene in (a, b))
             asked.append((fill(BETTER, prompt=say(clauses)), first, second, gap > 0))
-    both: list[tuple[float, float]] = []
+    both: list[tuple[float, float, bool]] = []
     for some in (asked[k : k + 32] for k in range(0, len(asked), 32)):
         said = judge.decide([_choice(t, a, b) for t, a, b, _ in some] + [_choice(t, b, a) for t, a, b, _ in some])
-        both += [(p[0], q[0]) for p, q in zip(said[: len(some)], said[len(some) :], strict=True) if p and q]
-    first_slot = [p > 0.5 for pair in both for p in pair]
-    flips = [(p > 0.5) == (q > 0.5) for p, q in both]
-    fair = [(p + 1 - q) / 2 for p, q in both]
-    truth = [row[3] for row in asked][: len(both)]
-    agree = [(p > 0.5) == good for (p, _), good in zip(both, truth, strict=True)]
-    symmetric = [(p > 0.5) == good for p, good in zip(fair, truth, strict=True)]
-    # after the swap each pair is asked in both orders, so the mean preference for a slot is what is left of the bias
-    left = [(p + 1 - q) / 2 - (1 - (q + 1 - p) / 2) for p, q in both]
+        pairs = zip(said[: len(some)], said[len(some) :], some, strict=True)
+        both += [(p[0], q[0], row[3]) for p, q, row in pairs if p and q]
+    first_slot = [p > 0.5 for one in both for p in one[:2]]
+    one_order = [(p > 0.5) == good for p, _, good in both]
     return {
         "n": len(both),
         "first slot": wilson(sum(first_slot), len(first_slot)).json(),
-        "flipped": wilson(sum(flips), len(flips)).json(),
-        "right, one order": wilson(sum(agree), len(agree)).json(),
-        "right, both orders": wilson(sum(symmetric), len(symmetric)).json(),
-        "bias after the swap": 100 * abs(sum(left) / len(left)),
+        "flipped": wilson(sum((p > 0.5) == (q > 0.5) for p, q, _ in both), len(both)).json(),
+        "right, one order": wilson(sum(one_order), len(both)).json(),
+        "right, both orders": bootstrap([_fair(*one) for one in both], seed=config.seed).json(),
+        "points after the swap": _left_bias(config, asked),
     }
+
+
+def _fair(p: float, q: float, good: bool) -> float:
+    """How right the verdict of both orders is: a half where they disagree."""
+    first, second = p > 0.5, q <= 0.5
+    return 0.5 if first != second else float(first == good)
+
+
+def _left_bias(config: JudgeBench, asked: Sequence[tuple[str, Tensor, Tensor, bool]]) -> float:
+    """By how many points `pairwise` differs between (a, b) and (b, a), asked in two runs: 0 unless it errs."""
+    reward = make_reward({"pairwise": {"judge": config.judge}})
+    prompt = BETTER.split("{prompt}")
+    gaps = []
+    for some in (asked[k : k + 16] for k in range(0, len(asked), 16)):
+        named = [text.removeprefix(prompt[0]).removesuffix(prompt[1]) for text, *_ in some]
+        a, b = torch.stack([row[1] for row in some]), torch.stack([row[2] for row in some])
+        there = [Case(prompt=text, reference=picture(image)) for text, image in zip(named, b, strict=True)]
+        back = [Case(prompt=text, reference=picture(image)) for text, image in zip(named, a, strict=True)]
+        won, lost = (score(reward, m, c, all_invalid=True).total for m, c in ((a, there), (b, back)))
+        gaps += (won + lost - 1).tolist()
+    return 100 * abs(_mean(gaps) or 0.0)
 
 
 def _choice(text: str, a: Tensor, b: Tensor) -> Decision:

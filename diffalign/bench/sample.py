@@ -133,7 +133,9 @@ def _stock(
     media.require_finite(pixels, type(pipe).__name__)
     budget.charge(decodes=len(pixels))
     _add(done, budget.spent(), cases, pixels)
-    judged = scoring.score(reward, pixels, cases, cache=options.get("score_cache")) if reward is not None else None
+    judged = None
+    if reward is not None:
+        judged = scoring.score(reward, pixels, cases, cache=options.get("score_cache"), all_invalid=True)
     for i, case in enumerate(cases):
         done.scores.append(judged.select([i]) if judged is not None else None)
         done.seeds.append([case.seed])

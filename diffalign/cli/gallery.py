@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from diffalign.cli.model import PromptVerb
-from diffalign.cli.verb import Opt, as_json, words
+from diffalign.cli.verb import Opt, as_json, dump, words
 from diffalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Gallery(PromptVerb):
     def run(self) -> dict[str, Any]:
         if self.sources[:1] == (VOTES,):
             return self.count()
-        from diffalign import atomic, config
+        from diffalign import atomic
         from diffalign.cli.truth import progress
         from diffalign.gallery import manifest, page
 
@@ -93,7 +93,7 @@ class Gallery(PromptVerb):
                 atomic.require_file(file)
         sides = self.sides()
         if self.systems:
-            atomic.write_text(self.folder / "config.yaml", config.dump(self))
+            atomic.write_text(self.folder / "config.yaml", dump(self))
         heading = manifest.Heading(title=self.title, command=self.command())
         with progress(max(len(side.items) for side in sides), "entries") as advance:
             made = page.write(sides, self.folder, heading, advance, seed=self.seed)

@@ -171,6 +171,7 @@ class Generate(PromptVerb):
         atomic.write_json(out / "summary.json", row | {"diversity": done.diversity})
         atomic.write_json(out / "card.json", card.json())
         print(f"{len(rows)} images in {out}  " + describe(row))
+        _warn(rows, reward, cases)
         return {"rows": [row]}
 
 
@@ -226,6 +227,15 @@ def _scores(done: Sampled, i: int, rank: int) -> dict[str, Any]:
     parts = found.parts_at(rank)
     told = {"reward": float(found.total[rank]) if bool(found.valid[rank]) else None, "parts": parts}
     return told | ({"checks": checks} if (checks := checks_of(parts)) else {})
+
+
+def _warn(rows: list[dict[str, Any]], reward: Any, cases: list[Case]) -> None:
+    """Say how many images could not be scored, and what the judges among the rewards said of that."""
+    from diffalign import scoring
+
+    if lost := sum("reward" in row and row["reward"] is None for row in rows):
+        told = "; ".join(f"{name}: {said}" for name, said in scoring.problems_of(reward, cases).items())
+        print(f"warning: {lost} of {len(rows)} images could not be scored{f' ({told})' if told else ''}")
 
 
 def _mark(rows: list[dict[str, Any]], passed: list[bool] | None) -> None:

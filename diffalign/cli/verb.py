@@ -50,12 +50,14 @@ class Verb:
 
 
 def words(verb: type[Verb], settings: Mapping[str, Any], placed: Sequence[str] = ()) -> str:
-    """The command line of a verb with plain words and settings; what is at its default is left out."""
+    """The command line of a verb with plain words and settings; what is at its default is left out, and keys too."""
     import shlex
+
+    from diffalign.judges.secrets import without_secrets
 
     defaults = {f.name: f.default for f in dataclasses.fields(verb)}
     told, dotted = ["diffalign", verb.NAME, *placed], []
-    for key, value in settings.items():
+    for key, value in without_secrets(settings).items():
         if value in (None, (), {}) or value == defaults.get(key):
             continue
         if isinstance(value, Mapping):
@@ -153,12 +155,12 @@ def _shown(default: Any) -> str:
 
 
 def _execute(verb: type[Verb], asked: dict[str, Any], words: list[str], shared: dict[str, Any]) -> int:
-    from diffalign import atomic, config
+    from diffalign import atomic
 
     settings = _settings(verb, asked, words, shared["config"])
     if shared["dry_run"]:
         result: Any = {"dry_run": True, "config": as_json(settings), "cost": settings.cost()}
-        print(config.dump(settings) + "".join(f"# {key}: {value}\n" for key, value in settings.cost().items()), end="")
+        print(dump(settings) + "".join(f"# {key}: {value}\n" for key, value in settings.cost().items()), end="")
     else:
         if shared["json_file"]:
             atomic.require_file(shared["json_file"])
@@ -221,6 +223,16 @@ def shipped_configs() -> list[Path]:
 
 
 def as_json(settings: Verb) -> dict[str, Any]:
-    """All settings as JSON has them."""
-    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    """All settings as JSON has them, without the keys of judges."""
+    from diffalign.judges.secrets import without_secrets
+
+    found: dict[str, Any] = json.loads(json.dumps(without_secrets(dataclasses.asdict(settings)), default=str))
     return found
+
+
+def dump(settings: Verb) -> str:
+    """All settings as YAML that runs as a config, without the keys of judges."""
+    from diffalign import config
+    from diffalign.judges.secrets import without_secrets
+
+    return config.dump(without_secrets(dataclasses.asdict(settings)))

@@ -1,6 +1,7 @@
 """What is asked of a judge and what it says: questions, decisions, replies, and the rule for malformed ones.
 
 A reply that cannot be read is asked for once more; if that fails too the row is invalid. It never becomes a number.
+One that was lost on its way is not asked for again: the backend has tried all it may.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from diffalign.errors import ConfigError
 from diffalign.judges.wording import options
 
 Read = TypeVar("Read")
 SECOND_TRY = 1_000_003  # added to the seed of a question that is asked again
+LARGEST_SEED = 2**31 - 1  # that servers take
 WARM = 0.7  # least temperature of the second try: a greedy judge would say the same again
 
 
@@ -32,6 +35,19 @@ class Question:
     top_k: int = 0  # 0: all tokens
     seed: int = 0
     schema: Mapping[str, Any] | None = None  # of a JSON reply, where the backend can hold it to one
+
+    def __post_init__(self) -> None:
+        whole = (self.top_k, self.max_tokens, self.seed)
+        numbers = (*whole, self.temperature, self.top_p)
+        sound = all(isinstance(value, int) for value in whole)
+        sound &= all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
+        sound = sound and 0 <= self.temperature < math.inf and 0 < self.top_p <= 1
+        if not sound or self.top_k < 0 or self.max_tokens < 1:
+            raise ConfigError(
+                f"a question has temperature {self.temperature!r}, top_p {self.top_p!r}, top_k {self.top_k!r}, "
+                f"max_tokens {self.max_tokens!r} and seed {self.seed!r}, but they start at 0, above 0 (up to 1), at 0 "
+                "and at 1, and the last three are whole numbers."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,6 +72,7 @@ class Reply:
 
     text: str = ""
     problem: str = ""
+    lost: bool = False  # whether asking again is of no use: it was the way there, and not what the judge says
 
 
 @runtime_checkable
@@ -123,10 +140,14 @@ def ask(
         (None if reply.problem else reader(reply.text), (reply.text or reply.problem,))
         for reader, reply in zip(readers, replies, strict=True)
     ]
-    again = [k for k, (value, _) in enumerate(found) if value is None]
+    again = [k for k, (value, _) in enumerate(found) if value is None and not replies[k].lost]
     if again:
         second = [
-            replace(questions[k], seed=questions[k].seed + SECOND_TRY, temperature=max(questions[k].temperature, WARM))
+            replace(
+                questions[k],
+                seed=(questions[k].seed + SECOND_TRY) & LARGEST_SEED,
+                temperature=max(questions[k].temperature, WARM),
+            )
             for k in again
         ]
         for k, reply in zip(again, backend.reply(second), strict=True):

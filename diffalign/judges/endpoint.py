@@ -6,46 +6,29 @@ them (vLLM, SGLang), else they are typed decisions (`transformers serve`). An er
 
 from __future__ import annotations
 
-import asyncio
+import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, OutputError
 from diffalign.judges import endpoint_forms as forms
 from diffalign.judges.asking import Decision, Question, Reply
 from diffalign.judges.endpoint_line import Line
-from diffalign.judges.endpoint_sending import Sender, Told
-from diffalign.judges.endpoint_settings import WAYS, check_settings, find_address
+from diffalign.judges.endpoint_sending import Sender
+from diffalign.judges.endpoint_settings import KEYS, WAYS, check_settings, find_address
+from diffalign.judges.endpoint_sharing import Asked, Sharing
+from diffalign.judges.forking import Shared, renewed_in_forks
+from diffalign.judges.opening import version_of
 from diffalign.judges.request_cache import RequestCache, default_path, key_of
 
-NOT_FINITE = Told(problem="a picture holds NaN or infinity")
-NOBODY = Told(problem="not asked: the server did not answer the first question")
 
-
-@dataclass(frozen=True)
-class _Asked:
-    """A question: what its answer is kept as, by the way it is found, and how it is sent."""
-
-    keys: dict[str, str]
-    send: Callable[[], Awaitable[Told]]
-
-
-@dataclass
-class _Going:
-    """A request that several may wait for."""
-
-    task: asyncio.Task[Told]
-    waiting: int = 0
-
-
-class EndpointJudge:
+class EndpointJudge(Shared):
     """`url` may name the model, as in `http://127.0.0.1:8000/v1#model`; without one it is the only one served.
 
     The key is `key`, or $DIFFALIGN_JUDGE_KEY, or $OPENAI_API_KEY. `how` picks where decisions come from. `cache` is
@@ -66,24 +49,37 @@ class EndpointJudge:
         how: str = "auto",  # or logprobs, systemone
         cache: str | Path | bool = True,
     ) -> None:
+        self._settings = {name: value for name, value in locals().items() if name not in ("self", "key")}
         counts = {"concurrency": concurrency, "retries": retries, "pixels": pixels, "most_images": most_images}
         check_settings(counts, timeout, how)
         address = find_address(url, model, key)
         self.url, self.pixels, self.most_images, self.how = address.url, pixels, most_images, how
         self.name = address.model or address.url
-        self.cache = RequestCache(default_path() if cache is True else cache or None)
-        self.answered = 0
+        self.cache = _opened(cache)
+        self._had_key = key is not None
         self.problems: deque[str] = deque(maxlen=64)  # why decisions have no answer, the latest last
         self._model, self._named = address.model, address.model
         self._line = Line(address.url, address.key, concurrency=concurrency, retries=retries, timeout=timeout)
         self._sender = Sender(self._line, how)
-        self._going: dict[str, _Going] = {}
-        self._lock, self._counting = threading.Lock(), threading.Lock()
+        self._sharing = Sharing(self._line, self._sender, self.cache)
+        self._renew()
+        renewed_in_forks(self)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return _again, (self._settings, self._had_key)
 
     @property
     def requests(self) -> int:
         """Questions sent, second tries included."""
         return self._line.requests
+
+    @property
+    def answered(self) -> int:
+        """Questions that needed none."""
+        return self._sharing.answered
 
     @property
     def model(self) -> str:
@@ -95,8 +91,8 @@ class EndpointJudge:
 
     @property
     def version(self) -> str:
-        """The model alone: the same one behind another address is the same judge."""
-        return f"endpoint {self.model}"
+        """The model alone, and the weights of a folder: the same one behind another address is the same judge."""
+        return f"endpoint {' '.join(self._who())}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -105,44 +101,65 @@ class EndpointJudge:
 
     def reply(self, questions: Sequence[Question]) -> list[Reply]:
         """One text per question; a request that failed for good has a problem."""
-        found = self._answers(list(map(self._question, questions, self._pictures(questions))))
-        return [Reply(problem=one.problem) if one.value is None else Reply(**one.value) for one in found]
+        asked = list(zip(questions, self._pictures(questions), strict=True))
+        who = self._who() if asked else []
+        found = self._sharing.answers([None if seen is None else self._question(one, seen, who) for one, seen in asked])
+        self._warn("questions", [one.problem for one in found if one.value is None], len(found))
+        return [
+            Reply(problem=one.problem, lost=True)
+            if one.value is None
+            else Reply(text=one.value["text"], problem=one.value["problem"])
+            for one in found
+        ]
 
     def decide(self, decisions: Sequence[Decision]) -> list[tuple[float, ...] | None]:
         """Probabilities of the labels; None where a request failed for good, which `problems` explains."""
         for decision in decisions:
             _check_labels(decision)
-        found = self._answers(list(map(self._decision, decisions, self._pictures(decisions))), choosing=True)
+        asked = list(zip(decisions, self._pictures(decisions), strict=True))
+        who = self._who() if asked else []
+        found = self._sharing.answers(
+            [None if seen is None else self._decision(one, seen, who) for one, seen in asked], choosing=True
+        )
         missing = [one.problem for one in found if one.value is None]
         self.problems.extend(missing)
-        if missing:
-            warnings.warn(
-                f"{len(missing)} of {len(found)} decisions of '{self.name}' have no answer: {missing[0]}", stacklevel=2
-            )
+        self._warn("decisions", missing, len(found))
         return [None if one.value is None else tuple(one.value) for one in found]
 
     def close(self) -> None:
         """End the thread that talks to the server; another question starts it again."""
         self._line.close()
 
-    def _question(self, question: Question, pictures: Sequence[forms.Picture] | None) -> _Asked | None:
-        if pictures is None:
-            return None
+    def _warn(self, what: str, missing: Sequence[str], count: int) -> None:
+        if missing:
+            warnings.warn(
+                f"{len(missing)} of {count} {what} of '{self.name}' have no answer: {missing[0]}", stacklevel=3
+            )
+
+    def _who(self) -> list[str]:
+        """What tells the model from others: its name, and the content of a folder that is here."""
+        folder = Path(self.model).expanduser()
+        here = (folder / "config.json").is_file()
+        return [self.model, version_of(folder, self.model)] if here else [self.model]
+
+    def _question(self, question: Question, pictures: Sequence[forms.Picture], who: Sequence[str]) -> Asked:
         told: dict[str, Any] = {"temperature": question.temperature, "max_tokens": question.max_tokens}
         if question.temperature > 0:
-            told |= {"top_p": question.top_p, "top_k": question.top_k, "seed": question.seed}
+            told |= {"top_p": question.top_p, "top_k": question.top_k, "seed": question.seed % 2**63}
         told |= {"text": question.text, "system": question.system, "schema": question.schema}
-        told |= {"images": [one.told for one in pictures], "model": self.model, "ask": "reply"}
-        return _Asked({"reply": key_of(told)}, lambda: self._sender.ask(self.model, question, pictures))
+        told |= {"images": [one.told for one in pictures], "model": _key(who), "ask": "reply"}
+        return Asked({"reply": key_of(told)}, 0, lambda: self._sender.ask(self.model, question, pictures))
 
-    def _decision(self, decision: Decision, pictures: Sequence[forms.Picture] | None) -> _Asked | None:
-        if pictures is None:
-            return None
+    def _decision(self, decision: Decision, pictures: Sequence[forms.Picture], who: Sequence[str]) -> Asked:
         told: dict[str, Any] = {"text": decision.text, "labels": decision.labels, "described": decision.described}
-        told |= {"ordered": decision.ordered, "images": [one.told for one in pictures], "model": self.model}
+        told |= {"ordered": decision.ordered, "images": [one.told for one in pictures], "model": _key(who)}
         ways = [way for way in WAYS if self._sender.way in (None, way)]
+        if "logprobs" in ways and forms.clashing(decision.labels):
+            ways.remove("logprobs")
+            if not ways:
+                forms.check_first(decision.labels)
         keys = {way: key_of({"ask": way, **told}) for way in ways}
-        return _Asked(keys, lambda: self._sender.decide(self.model, decision, pictures))
+        return Asked(keys, len(decision.labels), lambda: self._sender.decide(self.model, decision, pictures))
 
     def _pictures(self, asked: Sequence[Question] | Sequence[Decision]) -> list[list[forms.Picture] | None]:
         """The pictures of each question as they are sent, None where one is not finite."""
@@ -161,81 +178,36 @@ class EndpointJudge:
             found.append([known[id(image)] for image in one.images] if sound else None)
         return found
 
-    def _answers(self, asked: Sequence[_Asked | None], *, choosing: bool = False) -> list[Told]:
-        """From the cache, else from the server; `choosing` is whether the first answer may decide how to ask."""
-        kept = self.cache.lookup([key for one in asked if one for key in one.keys.values()])
-        found = [NOT_FINITE if one is None else _known(one, kept) for one in asked]
-        rows = [k for k, told in enumerate(found) if told is None]
-        missing = [one for k in rows if (one := asked[k]) is not None]
-        self._count(sum(told is not None and told is not NOT_FINITE for told in found))
-        if missing:
-            try:
-                came = self._line.run(lambda: self._sent(missing, choosing))
-            finally:
-                while self._sender.news:
-                    warnings.warn(self._sender.news.popleft(), stacklevel=3)
-            for k, told in zip(rows, came, strict=True):
-                found[k] = told
-        return [told or NOBODY for told in found]
 
-    async def _sent(self, asked: Sequence[_Asked], choosing: bool) -> list[Told]:
-        rest, found = list(asked), list[Told]()
-        while choosing and self._sender.way is None and rest:
-            found.append(await self._shared(rest.pop(0)))
-            if found[-1].lost:
-                return [*found, *[NOBODY] * len(rest)]
-        tasks = [asyncio.ensure_future(self._shared(one)) for one in rest]
-        try:
-            return [*found, *await asyncio.gather(*tasks)]
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _shared(self, one: _Asked) -> Told:
-        """The answer to a question; two who ask the same at once wait for one request."""
-        key = next(iter(one.keys.values()))
-        going = self._going.get(key)
-        if going is None:
-            if known := _known(one, self.cache.lookup(list(one.keys.values()))):  # it came in the meantime
-                self._count(1)
-                return known
-            going = self._going[key] = _Going(asyncio.ensure_future(self._kept(one)))
-        else:
-            self._count(1)
-        going.waiting += 1
-        try:
-            return await asyncio.shield(going.task)
-        finally:
-            going.waiting -= 1
-            if not going.waiting:
-                going.task.cancel()
-                if self._going.get(key) is going:
-                    del self._going[key]
-
-    def _count(self, answered: int) -> None:
-        with self._counting:
-            self.answered += answered
-
-    async def _kept(self, one: _Asked) -> Told:
-        told = await one.send()
-        if told.sound and told.way in one.keys:
-            self.cache.store(one.keys[told.way], told.value)
-        return told
+def _again(settings: dict[str, Any], had_key: bool) -> EndpointJudge:
+    """The judge in another process; its key does not travel."""
+    if had_key and not any(os.environ.get(name) for name in KEYS):
+        raise ConfigError(
+            f"the judge at {settings['url']} was given a key, and keys are not copied between processes. Put it into "
+            f"${KEYS[0]} instead."
+        )
+    return EndpointJudge(**settings)
 
 
-def _known(one: _Asked, kept: dict[str, Any]) -> Told | None:
-    """The answer that is kept, if it has the form that was asked for."""
-    for way, key in one.keys.items():
-        value = kept.get(key)
-        if isinstance(value, dict) if way == "reply" else isinstance(value, list):
-            return Told(value, way)
-    return None
+def _opened(cache: str | Path | bool) -> RequestCache:
+    if cache is not True:
+        return RequestCache(cache or None)
+    try:
+        return RequestCache(default_path())
+    except OutputError as e:  # of a place that nobody asked for
+        warnings.warn(f"{e} Without it no answer is kept.", stacklevel=3)
+        return RequestCache(None)
+
+
+def _key(who: Sequence[str]) -> Any:
+    return who[0] if len(who) == 1 else who
 
 
 def _checked(image: Tensor) -> Tensor:
-    if image.ndim != 3 or image.shape[0] != 3:
+    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
         raise ConfigError(f"a picture has the shape {tuple(image.shape)}, but a judge takes (3, H, W).")
+    if not image.is_floating_point():
+        raise ConfigError(f"a picture is of {image.dtype}, but a judge takes floats from 0 to 1. Divide it by 255.")
     return image
 
 

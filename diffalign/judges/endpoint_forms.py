@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from diffalign import vision
+from diffalign.errors import ConfigError
 from diffalign.judges.asking import Decision, Question, Reply
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Picture:
 
     image: Image.Image
 
-    @cached_property
+    @property  # not kept: a long list of questions would hold all of them
     def png(self) -> str:
         held = io.BytesIO()
         self.image.save(held, "PNG", compress_level=1)
@@ -65,7 +66,7 @@ def chat(model: str, question: Question, pictures: Sequence[Picture]) -> dict[st
     body |= {"max_tokens": question.max_tokens, "temperature": question.temperature}
     if question.temperature > 0:
         # Servers have defaults of their own for what is left out; -1 is how they write "all tokens".
-        body |= {"top_p": question.top_p, "top_k": question.top_k or -1, "seed": question.seed}
+        body |= {"top_p": question.top_p, "top_k": question.top_k or -1, "seed": question.seed % 2**63}
     if question.schema is not None:
         schema = {"name": "reply", "schema": dict(question.schema), "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -127,7 +128,7 @@ def read_text(content: Any, most: int) -> Reply:
         parts = [part.get("text") if isinstance(part, dict) else None for part in told]
         told = "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(told, str):
-        return Reply(problem=f"the server's answer has no text: {shown(content)}")
+        return Reply(problem=f"the server's answer has no text: {shown(content)}", lost=not isinstance(message, dict))
     text = clean(told).strip()
     if choice.get("finish_reason") == "content_filter":
         return Reply(text, "the server withheld the reply")
@@ -145,6 +146,20 @@ def offers_logprobs(content: Any) -> bool:
     """Whether a chat completion brings the likely tokens, readable or not."""
     held = _choice(content).get("logprobs")
     return isinstance(held, dict) and bool(held.get("content"))
+
+
+def clashing(labels: Sequence[str]) -> tuple[str, str] | None:
+    """A label and another that begins with it."""
+    return next(((a, b) for a in labels for b in labels if a != b and b.startswith(a)), None)
+
+
+def check_first(labels: Sequence[str]) -> None:
+    """Refuse labels whose first tokens may be the same: `1` also begins `10`, and would get its probability."""
+    if clash := clashing(labels):
+        raise ConfigError(
+            f"the labels {clash[0]!r} and {clash[1]!r} may begin with the same token, so the log-probabilities of one "
+            "token do not tell them apart. Use labels such as A, B and C, or levels of one digit."
+        )
 
 
 def read_logprobs(content: Any, labels: Sequence[str]) -> Probabilities | None:

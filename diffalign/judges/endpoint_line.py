@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
-import math
+import json
 import os
 import random
 import threading
-import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from diffalign.errors import MissingExtra
-from diffalign.judges.endpoint_forms import shown
+from diffalign.errors import ConfigError, MissingExtra
+from diffalign.judges.endpoint_answer import AGAIN, Answer, line, message, pause_of, written
+from diffalign.judges.endpoint_breaker import Breaker
+from diffalign.judges.forking import renewed_in_forks
 
 Found = TypeVar("Found")
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two tries; it doubles
 MOST_PATIENCE = 120.0  # seconds; a server that asks for a longer pause is not waited for
 TO_CONNECT = 10.0  # seconds
-AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 507, 529)  # statuses of a server that may answer later
+LEAST_SECRET = 8  # characters; a shorter key hides nothing, and may be a word of an honest answer
 _NO_ONE = ("ConnectError", "ConnectTimeout", "UnsupportedProtocol")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back from a server."""
-
-    status: int = 0  # of HTTP; 0 where nothing came
-    content: Any = None  # of a good answer
-    problem: str = ""  # why there is none
-    unreachable: bool = False  # nobody listens there
-    again: bool = False  # whether another try may go better
-    pause: float | None = None  # seconds that the server asks for
+_HERE = ("localhost", "127.0.0.1", "::1")
+_alone: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by address, over all judges of this process
 
 
 @dataclass
@@ -47,6 +40,7 @@ class _Running:
     client: Any = None
     slots: asyncio.Semaphore = field(default_factory=asyncio.Semaphore)
     alone: asyncio.Lock = field(default_factory=asyncio.Lock)  # for requests that must not meet each other
+    probe: asyncio.Lock = field(default_factory=asyncio.Lock)  # for those to a server that was given up
 
 
 class Line:
@@ -57,35 +51,71 @@ class Line:
         self.concurrency, self.retries = concurrency, retries
         self.requests = 0  # sent so far, second tries included
         self.reached = False  # whether the server ever said anything
+        self.good = False  # whether it ever answered a question
+        patience = sum(_wait(k) for k in range(retries))
+        self._breaker = Breaker(max(2, concurrency) * (retries + 1), patience)
         self._lock = threading.Lock()
         self._running: _Running | None = None
+        renewed_in_forks(self)
+
+    def _renew(self) -> None:
+        self._lock, self._running = threading.Lock(), None
+        _alone.clear()
 
     def run(self, work: Callable[[], Coroutine[Any, Any, Found]]) -> Found:
         """The result of `work` on the loop; if the caller is interrupted, so is the work."""
-        loop = self._start().loop
-        future = asyncio.run_coroutine_threadsafe(work(), loop)
+        with self._lock:  # so that the loop is not stopped before the work is on it
+            loop = self._start().loop
+            future = asyncio.run_coroutine_threadsafe(work(), loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError as e:
+            raise ConfigError(
+                f"the judge at {self.url} was closed while it was asked. Close it when all questions have answers."
+            ) from e
         except BaseException:
             future.cancel()
             raise
 
-    async def post(self, path: str, body: Mapping[str, Any]) -> Answer:
-        """The answer to a JSON request, after as many tries as it takes and is allowed."""
-        return await self._tries(lambda client: client.post(path, cast_to=object, body=dict(body)), counted=True)
+    async def post(self, path: str, make: Callable[[], Mapping[str, Any]]) -> Answer:
+        """The answer to a JSON request, after as many tries as it takes and is allowed; `make` is called for each."""
+
+        async def send(client: Any, body: Any) -> Any:
+            return await client.post(path, cast_to=object, body=body)
+
+        answer = await self._tries(send, lambda: written(make()))
+        self.good |= answer.status == 200 and not answer.whole
+        return answer
 
     async def get(self, path: str) -> Answer:
         """The answer to a question about the server itself."""
-        return await self._tries(lambda client: client.get(path, cast_to=object), counted=False)
 
-    @property
-    def alone(self) -> asyncio.Lock:
-        """Held by requests that must not meet each other."""
-        return self._start().alone
+        async def send(client: Any, body: Any) -> Any:
+            return await client.get(path, cast_to=object)
 
-    def plain(self, text: str) -> str:
-        """The text without the key."""
-        return text if self._key == "none" else text.replace(self._key, "***")
+        return await self._tries(send, None)
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """For requests that must not meet each other at this address, whichever judge of this process sends them."""
+        lock = _alone[self.url]
+        async with self._here.alone:
+            while not lock.acquire(blocking=False):  # waiting for it in a thread could not be cancelled
+                await asyncio.sleep(0.01)
+            try:
+                yield
+            finally:
+                lock.release()
+
+    def hidden(self, content: Any, least: int = LEAST_SECRET) -> Any:
+        """The same without the key, in whatever strings it stands; a key shorter than `least` is left there."""
+        if len(self._key) < least or self._key == "none":
+            return content
+        if isinstance(content, str):
+            return content.replace(self._key, "***").replace(json.dumps(self._key)[1:-1], "***")
+        if isinstance(content, dict):
+            return {self.hidden(name, least): self.hidden(value, least) for name, value in content.items()}
+        return [self.hidden(value, least) for value in content] if isinstance(content, list) else content
 
     def close(self) -> None:
         """End the thread; the next request starts another."""
@@ -94,60 +124,87 @@ class Line:
                 _stop(self._running)
                 self._running = None
 
-    async def _tries(self, send: Callable[[Any], Any], *, counted: bool) -> Answer:
-        running = self._start()
+    async def _tries(self, send: Callable[[Any, Any], Any], make: Callable[[], Any] | None) -> Answer:
+        running = self._here
+        if self._breaker.open:
+            async with running.probe:  # those who come meanwhile wait for what this one finds
+                if self._breaker.resting:
+                    return Answer(whole="not asked: the server stopped answering", again=True)
+                if self._breaker.open:
+                    return await self._try(running, send, make)
+        for attempt in range(self.retries + 1):
+            answer = await self._try(running, send, make)
+            if not answer.again or attempt == self.retries or self._breaker.open:
+                break
+            if answer.unreachable and not self.reached:
+                break  # nobody was ever there
+            if answer.pause is not None and answer.pause > MOST_PATIENCE:
+                break
+            wait = _wait(attempt) * random.uniform(0.5, 1.0)
+            await asyncio.sleep(wait if answer.pause is None else answer.pause + wait / 10)
+            if self._breaker.open:
+                break
+        return answer
+
+    async def _try(self, running: _Running, send: Callable[[Any, Any], Any], make: Callable[[], Any] | None) -> Answer:
+        """One try in a slot of its own; the body lives no longer than that."""
         async with running.slots:
-            for attempt in range(self.retries + 1):
-                self.requests += counted
-                answer = await self._once(running, send)
-                self.reached |= answer.status > 0
-                if not answer.again or attempt == self.retries:
-                    return answer
-                if answer.pause is not None and answer.pause > MOST_PATIENCE:
-                    return answer
-                wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
-                await asyncio.sleep(wait if answer.pause is None else answer.pause + wait / 10)
-        raise AssertionError("a request has at least one try")
+            body = None if make is None else await asyncio.to_thread(make)
+            self.requests += make is not None
+            answer = await self._once(running, lambda client: send(client, body))
+        self.reached |= answer.status > 0
+        self._breaker.note(answer.status)
+        return answer
 
     async def _once(self, running: _Running, send: Callable[[Any], Any]) -> Answer:
         openai = _openai()
         try:
             async with asyncio.timeout(self.timeout):  # of the whole answer, however slowly it trickles
                 content = await send(self._client(running))
-            return Answer(200, content)
+            return Answer(200, self.hidden(content))
         except (openai.APITimeoutError, TimeoutError) as e:
             missed = type(e.__cause__).__name__ in _NO_ONE
-            return Answer(problem=f"no answer within {self.timeout:g} s", unreachable=missed, again=True)
+            return Answer(whole=f"no answer within {self.timeout:g} s", unreachable=missed, again=True)
         except openai.APIConnectionError as e:
             cause = e.__cause__ or e
-            said = self.plain(shown(f"{type(cause).__name__}: {cause}"))
-            return Answer(problem=f"connection lost: {said}", unreachable=type(cause).__name__ in _NO_ONE, again=True)
+            said = self.hidden(line(f"{type(cause).__name__}: {cause}"), 1)
+            return Answer(whole=f"connection lost: {said}", unreachable=type(cause).__name__ in _NO_ONE, again=True)
         except openai.APIStatusError as e:
-            said = self.plain(shown(_message(e)))
-            pause = _pause(e.response.headers)
-            return Answer(e.status_code, problem=f"HTTP {e.status_code}: {said}", again=_helps(e), pause=pause)
+            said = self.hidden(line(message(self.hidden(e.body, 1), e)), 1)
+            pause = pause_of(e.response.headers)
+            again = e.status_code in AGAIN
+            return Answer(e.status_code, whole=f"HTTP {e.status_code}: {said}", again=again, pause=pause)
         except Exception as e:  # whatever else a server's answer did to the client, it is no answer
-            return Answer(200, problem=self.plain(f"no readable answer: {shown(f'{type(e).__name__}: {e}')}"))
+            return Answer(200, whole=f"no readable answer: {self.hidden(line(f'{type(e).__name__}: {e}'), 1)}")
 
     def _client(self, running: _Running) -> Any:
         if running.client is None:
             openai = _openai()
             patience = openai.Timeout(self.timeout, connect=TO_CONNECT)
-            made = openai.AsyncOpenAI(base_url=self.url, api_key=self._key, max_retries=0, timeout=patience)
+            # A proxy of the environment is for the world outside; httpx would ask it for this machine too.
+            own = {"http_client": _direct(openai)} if urlsplit(self.url).hostname in _HERE else {}
+            made = openai.AsyncOpenAI(base_url=self.url, api_key=self._key, max_retries=0, timeout=patience, **own)
             running.client = made
         return running.client
 
+    @property
+    def _here(self) -> _Running:
+        """What the work that asks runs on; work of a loop that was closed ends."""
+        running = self._running
+        if running is None or running.loop is not asyncio.get_running_loop():
+            raise asyncio.CancelledError
+        return running
+
     def _start(self) -> _Running:
-        """The loop of this process; a fork has none of its parent's threads."""
-        with self._lock:
-            if self._running is None or self._running.process != os.getpid():
-                _openai()
-                running = _Running(asyncio.new_event_loop(), slots=asyncio.Semaphore(self.concurrency))
-                thread = threading.Thread(target=_serve, args=(running,), name="diffalign-judge", daemon=True)
-                thread.start()
-                weakref.finalize(self, _stop, running)
-                self._running = running
-            return self._running
+        """The loop of this process; the caller holds the lock."""
+        if self._running is None or self._running.process != os.getpid():
+            _openai()
+            running = _Running(asyncio.new_event_loop(), slots=asyncio.Semaphore(self.concurrency))
+            thread = threading.Thread(target=_serve, args=(running,), name="diffalign-judge", daemon=True)
+            thread.start()
+            weakref.finalize(self, _stop, running)
+            self._running = running
+        return self._running
 
 
 def _openai() -> Any:
@@ -179,29 +236,10 @@ def _stop(running: _Running) -> None:
             running.loop.call_soon_threadsafe(running.loop.stop)
 
 
-def _helps(error: Any) -> bool:
-    return error.status_code in AGAIN
+def _direct(openai: Any) -> Any:
+    made = getattr(openai, "DefaultAsyncHttpx2Client", None) or openai.DefaultAsyncHttpxClient
+    return made(trust_env=False)
 
 
-def _message(error: Any) -> str:
-    """What the server itself says about an error."""
-    body = error.body
-    if isinstance(body, dict):
-        told = body.get("message") or body.get("detail") or body.get("error") or body
-        return told if isinstance(told, str) else repr(told)
-    return str(body or error.response.text or error.message)
-
-
-def _pause(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait: a number, or the time from when on it answers."""
-    told = headers.get("retry-after")
-    if told is None:
-        return None
-    try:
-        pause = float(told)
-    except ValueError:
-        try:
-            pause = parsedate_to_datetime(told).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):
-            return None
-    return max(0.0, pause) if math.isfinite(pause) else None
+def _wait(attempt: int) -> float:
+    return float(min(LONGEST_WAIT, FIRST_WAIT * 2**attempt))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -83,17 +83,17 @@ class Refusals:
         return {k: v for k, v in renamed.items() if k}
 
     @staticmethod
-    def suspect(problem: str, body: Mapping[str, Any]) -> str | None:
-        """The field that an error is about: one that it names, else the oddest."""
-        here = [name for name in (*GUESSED, *NAMED) if name in body]
+    def suspect(problem: str, names: Iterable[str]) -> tuple[str | None, bool]:
+        """The field of these that an error is about, and whether it names that one; else the oddest is taken."""
+        here = [name for name in (*GUESSED, *NAMED) if name in set(names)]
         named = [name for name in here if re.search(rf"(?<![a-z_]){name}(?![a-z_])", problem)]
-        return next(iter(named or [name for name in here if name in GUESSED]), None)
+        return next(iter(named or [name for name in here if name in GUESSED]), None), bool(named)
 
     @staticmethod
     def changed(body: Mapping[str, Any], name: str) -> dict[str, Any]:
         """The body without that field."""
         rest = {k: v for k, v in body.items() if k != name}
-        return rest | ({OTHERWISE[name]: body[name]} if name in OTHERWISE else {})
+        return rest | ({OTHERWISE[name]: body[name]} if name in OTHERWISE and name in body else {})
 
 
 def _hidden(url: str) -> str:

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 from diffalign import registry
 from diffalign.errors import ConfigError
 from diffalign.judges.asking import Backend
+from diffalign.judges.secrets import without_secrets
 
 EMBEDDED = "shapes-vlm"
 KINDS = (
@@ -63,7 +64,7 @@ def _kind(settings: Mapping[str, Any]) -> str:
         return "endpoint"
     model = settings.get("model")
     if not isinstance(model, str | Path) or not str(model).strip():
-        raise ConfigError(f"judge is {dict(settings)!r}, which names neither a model nor a server. {KINDS}")
+        raise ConfigError(f"judge is {without_secrets(settings)!r}, which names neither a model nor a server. {KINDS}")
     return "local"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,10 +33,10 @@ class Sampling:
     seed: int = 42  # of the first pass; the next has the next number
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0 and self.max_tokens >= 1):
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0 and self.max_tokens >= 1):
             raise ConfigError(
-                f"the sampling {asdict(self)} cannot be: temperature and top_k are at least 0, top_p is in (0, 1], "
-                "max_tokens at least 1."
+                f"the sampling {asdict(self)} cannot be: temperature and top_k are at least 0 and finite, "
+                "top_p is in (0, 1], max_tokens at least 1."
             )
 
     def question(

@@ -208,7 +208,7 @@ class RubricFolder:
         return versioned
 
     def __iter__(self) -> Iterator[Rubric]:
-        return iter(self._known.values())
+        return iter(list(self._known.values()))  # another thread may add one meanwhile
 
     def __len__(self) -> int:
         return len(self._known)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
@@ -58,8 +60,10 @@ def check(
 
 
 def _together(backend: Backend, rows: Sequence[Row], words: Wording, most: int) -> list[Checked]:
-    """Labels from lists of at most `most` items; one list that cannot be read makes the row invalid."""
-    pieces = [(k, row.rubric.items[at : at + most]) for k, row in enumerate(rows) for at in _starts(row.rubric, most)]
+    """Labels from lists of at most `most` items, nearly equally long; one that cannot be read makes the row invalid."""
+    pieces = [
+        (k, row.rubric.items[at:to]) for k, row in enumerate(rows) for at, to in _cuts(len(row.rubric.items), most)
+    ]
     labels: list[list[tuple[str, ...] | None]] = [[] for _ in rows]
     raw: list[tuple[str, ...]] = [() for _ in rows]
     found: dict[int, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {}
@@ -104,8 +108,11 @@ def _before(row: Row, words: Wording) -> str:
     return words.say("edited", instruction=row.instruction) if row.instruction else ""
 
 
-def _starts(rubric: Rubric, most: int) -> range:
-    return range(0, len(rubric.items), most)
+def _cuts(count: int, most: int) -> list[tuple[int, int]]:
+    """Where pieces of at most `most` items begin and end, all of nearly one size."""
+    pieces = math.ceil(count / most)
+    ends = [math.ceil(count * k / pieces) for k in range(pieces + 1)]
+    return list(pairwise(ends))
 
 
 def _joined(labels: Sequence[tuple[str, ...] | None]) -> tuple[float, ...] | None:

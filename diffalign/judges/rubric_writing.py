@@ -26,7 +26,7 @@ from diffalign.cases import Case
 from diffalign.judges.asking import Backend, Question, ask
 from diffalign.judges.parse import number, read_list
 from diffalign.judges.protocols import Wording
-from diffalign.judges.rewarding import instruction_of
+from diffalign.judges.rewarding import instruction_of, mark_of
 from diffalign.judges.rubric_files import Rubric, RubricFolder, rubric_of
 from diffalign.judges.rubric_judging import MOST, OUR_WORDING, How, Row, check
 from diffalign.rules.rubrics import KINDS, Gate, aggregate
@@ -141,7 +141,7 @@ class RubricWriter:
 
     def mark(self) -> str:
         """What tells this writer from others."""
-        return f"{self.backend().version} {self.most} {self.words.mark}"
+        return f"{mark_of(self.backend())} {self.most} {self.words.mark}"
 
     def rubrics(self, cases: Sequence[Case], device: torch.device | None = None) -> list[Written]:
         """The rubric of each case, written now where it is not known; what could not be read is asked again later."""

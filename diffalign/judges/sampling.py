@@ -55,3 +55,15 @@ def kept(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         before = ranked.softmax(0).cumsum(0) - ranked.softmax(0)  # mass of likelier tokens
         logits = logits.masked_fill((before >= top_p).scatter(0, order, before >= top_p), -torch.inf)
     return logits
+
+
+def shares(logits: Tensor, starts: Sequence[Sequence[int]], least: float | None) -> tuple[float, ...] | None:
+    """The probability of each label from logits (V,) and the tokens it may begin with, of all labels together.
+
+    None where they have less than `least` together or the logits are not finite; without `least` it is of all words.
+    """
+    spread = logits.log_softmax(0)
+    each = torch.stack([spread[list(ids)].logsumexp(0) for ids in starts])
+    if not bool(each.isfinite().all()) or (least is not None and float(each.exp().sum()) < least):
+        return None
+    return tuple((each if least is None else each.log_softmax(0)).exp().tolist())

@@ -6,8 +6,6 @@ yours. `shapes-vlm` knows exactly these sentences and a few like them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 SHOWS = 'Does the picture show "{prompt}"?'  # a yes-or-no question, for vqascore
 POINTS = 'How well does the picture show "{prompt}"?'
 LEVELS = ("not at all", "a small part of it", "about half of it", "nearly all of it", "all of it")
@@ -85,15 +83,17 @@ PRINCIPLE = (
 )
 TELL = "Say what the picture shows, one thing after the other, in reading order."
 
-PAIR_SCHEMA: Mapping[str, object] = {
-    "type": "object",
-    "properties": {
-        "reasoning": {"type": "string"},
-        "score": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
-    },
-    "required": ["reasoning", "score"],
-    "additionalProperties": False,
-}
+
+def pair_schema(scale: float) -> dict[str, object]:
+    """Of a reply with two scores from 0 to `scale`."""
+    each = {"type": "number", "minimum": 0, "maximum": scale}
+    score = {"type": "array", "items": each, "minItems": 2, "maxItems": 2}
+    return {
+        "type": "object",
+        "properties": {"reasoning": {"type": "string"}, "score": score},
+        "required": ["reasoning", "score"],
+        "additionalProperties": False,
+    }
 
 
 def fill(template: str, **holes: object) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.cases import Case
+from diffalign.errors import ConfigError
 from diffalign.world.compose import GAP, MARGIN, SIZE_RADII, room, sample_clauses, sample_scene
 from diffalign.world.edits import KINDS, Edit, EditVerdict, applied, judge_edit, parse_edit, say_edit
 from diffalign.world.grammar import MOST, PLACES, SIZES
@@ -158,10 +159,9 @@ def verify_edits(media: Tensor, cases: Sequence[Case]) -> list[EditVerdict]:
     """One verdict per edited picture of (B, 3, H, W): read from its pixels, those of the source and the instruction."""
     found = []
     for image, case in zip(media, cases, strict=True):
-        told = case.metadata.get("edit")
-        edit = Edit.from_dict(told) if told else parse_edit(str(case.metadata.get("instruction", case.prompt)))
+        edit, problem = _edit_of(case)
         if edit is None or case.source is None:
-            missing = "the case has no source" if case.source is None else "the instruction is outside the grammar"
+            missing = "the case has no source" if case.source is None else problem
             found.append(EditVerdict(0.0, 0.0, missing, applies=False))
             continue
         before = pixels(case.source)
@@ -174,6 +174,18 @@ def verify_edits(media: Tensor, cases: Sequence[Case]) -> list[EditVerdict]:
             source, result = Scene(was.shapes, _ground(before)), Scene(now.shapes, _ground(image))
             found.append(judge_edit(source, result, edit, unknown=max(now.blobs - was.blobs, 0)))
     return found
+
+
+def _edit_of(case: Case) -> tuple[Edit | None, str]:
+    """The edit of the case's metadata, else of its instruction; or why there is none."""
+    told = case.metadata.get("edit")
+    if told is None:
+        edit = parse_edit(str(case.metadata.get("instruction", case.prompt)))
+        return edit, "" if edit else "the instruction is outside the grammar"
+    try:
+        return Edit.from_dict(told), ""
+    except ConfigError as e:
+        return None, f"the metadata's `edit` is none of this world: {e}"
 
 
 def _ground(image: Tensor) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from diffalign.errors import ConfigError
 from diffalign.world.grammar import PLACES, SIZES
 from diffalign.world.scenes import COLOURS, SHAPES, Scene, Shape, place_of, size_of
 
@@ -34,6 +35,22 @@ _FORMS = {
     "replace": rf"(?:replace {_TARGET} with|turn {_TARGET.replace('P<', 'P<_')} into) an? {_NEW}",
 }
 _READERS = {kind: re.compile(form) for kind, form in _FORMS.items()}
+_WHICH, _WHAT = ("colour", "kind"), ("new_colour", "new_kind")
+NEEDS = {  # what an edit of each kind says
+    "recolour": (*_WHICH, "new_colour"),
+    "move": (*_WHICH, "place"),
+    "add": _WHAT,
+    "remove": _WHICH,
+    "replace": (*_WHICH, *_WHAT),
+    "resize": (*_WHICH, "size"),
+}
+MAY_SAY = {"add": ("size", "place")}
+WORDS = {  # how it may say it
+    **dict.fromkeys(("colour", "new_colour"), tuple(COLOURS)),
+    **dict.fromkeys(("kind", "new_kind"), SHAPES),
+    "size": SIZES,
+    "place": tuple(PLACES),
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +69,28 @@ class Edit:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Edit:
-        return cls(**data)
+    def from_dict(cls, data: Any) -> Edit:
+        """The edit that `as_dict` wrote, or ConfigError where it is none of this world."""
+        task = data.get("task") if isinstance(data, Mapping) else None
+        if not isinstance(task, str) or task not in NEEDS:
+            raise ConfigError(
+                f"{str(data)[:80]!r} is no edit; an edit is a mapping whose `task` is {', '.join(KINDS)}."
+            )
+        told = {name: value for name, value in data.items() if name != "task" and value is not None}
+        known = {*NEEDS[task], *MAY_SAY.get(task, ())}
+        if odd := [name for name, value in told.items() if name not in known or not _is_word(name, value)]:
+            raise ConfigError(
+                f"the edit '{task}' has {odd[0]} = {str(told[odd[0]])[:80]!r}. It takes "
+                + "; ".join(f"{name}: {', '.join(WORDS[name])}" for name in sorted(known))
+                + "."
+            )
+        if lacking := [name for name in NEEDS[task] if name not in told]:
+            raise ConfigError(f"the edit '{task}' has no `{lacking[0]}`, so nobody can say what it asks for.")
+        return cls(task, **told)
+
+
+def _is_word(name: str, value: Any) -> bool:
+    return isinstance(value, str) and value in WORDS[name]
 
 
 @dataclass(frozen=True)

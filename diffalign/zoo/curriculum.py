@@ -33,6 +33,11 @@ LONG: Mapping[Callable[[Pupil], Lesson], float] = {
 }
 
 
+# After a first round the judge tells what it sees nearly without a slip, but not yet what an edit changed.
+LATER_SHORT: Mapping[Callable[[Pupil], Lesson], float] = {**SHORT, pictures.better: 24, pictures.telling: 8}
+LATER_LONG: Mapping[Callable[[Pupil], Lesson], float] = {**LONG, edits.edit_semantics: 110, edits.edit_checks: 24}
+
+
 def draw(mix: Mapping[Callable[[Pupil], Lesson], float], rng: random.Random) -> Lesson:
     """One lesson of a mix."""
     return rng.choices(list(mix), list(mix.values()))[0](Pupil(rng))

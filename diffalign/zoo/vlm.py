@@ -18,42 +18,49 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from diffalign.judges.endpoint_template import FILE as decision_file
-from diffalign.judges.endpoint_template import decision_template
 from diffalign.world.rendering import render
 from diffalign.world.scenes import CANVAS, COLOURS, SHAPES, Scene
-from diffalign.zoo.curriculum import LONG, SHORT, draw
-from diffalign.zoo.fit import FitConfig, fit
+from diffalign.zoo.curriculum import LATER_LONG, LATER_SHORT, LONG, SHORT, draw
+from diffalign.zoo.fit import FitConfig, Loss, fit
 from diffalign.zoo.lessons import Lesson, Pupil
+from diffalign.zoo.vlm_model import PATCH, SIDE, Sizes, blank, write
 from diffalign.zoo.vlm_words import END, END_IMAGE, IMAGE, START_IMAGE, tokenizer
 from diffalign.zoo.wear import worn
 
-PATCH = 8
-SIDE = int(CANVAS) // PATCH
 STEP = 16  # tokens and pictures are padded to multiples of it: CPUs prepare anew for every new shape, which is slow
 LOOKS = 1 + len(SHAPES) + len(COLOURS) + 3  # whether an object's middle lies there, and of which looks it is
-MEAN, STD = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
+
+
+Mix = Mapping[Callable[[Pupil], Lesson], float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLMConfig:
+class Round:
+    """One cosine of training."""
+
+    fit: FitConfig
+    short: int = 48  # lessons a step with answers of a few tokens
+    long: int = 20  # lessons a step with answers of a sentence or more
+    mixes: tuple[Mix, Mix] = (SHORT, LONG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLMConfig(Sizes):
     """Sizes, data and training of the judge."""
 
-    picture_width: int = 160
-    picture_layers: int = 5
-    width: int = 192
-    layers: int = 6
-    heads: int = 6
-    inner: int = 544  # of the language model's feed-forward
     seeing: FitConfig = field(
         default_factory=lambda: FitConfig(steps=600, matrix_rate=2e-3, warmup=40, ema=0.99, save_every=100)
     )
     seen: int = 96  # pictures a step of the first round
-    learning: FitConfig = field(
-        default_factory=lambda: FitConfig(steps=2400, matrix_rate=2e-3, warmup=80, ema=0.995, save_every=100)
+    rounds: tuple[Round, ...] = (  # each from the averaged weights of the one before
+        Round(fit=FitConfig(steps=2400, matrix_rate=2e-3, warmup=80, ema=0.995, save_every=100)),
+        Round(
+            fit=FitConfig(steps=700, matrix_rate=1.5e-3, warmup=30, ema=0.99, save_every=100),
+            short=24,
+            long=32,
+            mixes=(LATER_SHORT, LATER_LONG),
+        ),
     )
-    short: int = 48  # lessons a step with answers of a few tokens
-    long: int = 20  # lessons a step with answers of a sentence or more
     shares: tuple[float, ...] = (0.75, 0.15, 0.1)  # of the lessons in each forward pass, the shortest first
 
 
@@ -64,48 +71,6 @@ FACTS = {
     "method": "next-token prediction on answers, after a round in which patches name objects",
     "call": {},
 }
-
-
-def blank(config: VLMConfig, words: Any) -> Any:
-    """The model without training."""
-    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
-
-    picture = InternVLVisionConfig(
-        hidden_size=config.picture_width,
-        num_hidden_layers=config.picture_layers,
-        num_attention_heads=config.picture_width // 32,
-        intermediate_size=3 * config.picture_width,
-        image_size=int(CANVAS),
-        patch_size=PATCH,
-        use_mean_pooling=False,
-        layer_scale_init_value=1.0,
-        attention_bias=True,
-    )
-    text = Qwen2Config(
-        vocab_size=len(words),
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
-        intermediate_size=config.inner,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-        use_cache=True,
-    )
-    whole = InternVLConfig(
-        vision_config=picture.to_dict(),
-        text_config=text.to_dict(),
-        image_token_id=words.convert_tokens_to_ids(IMAGE),
-        image_seq_length=(SIDE // 2) ** 2,
-        downsample_ratio=0.5,
-        tie_word_embeddings=True,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    return InternVLForConditionalGeneration(whole)
 
 
 class Looker(nn.Module):
@@ -206,10 +171,6 @@ def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return (each / length[row].sqrt()).sum()
 
 
-def draw_lessons(mix: Mapping[Callable[[Pupil], Lesson], float], count: int, rng: random.Random) -> list[Lesson]:
-    return [draw(mix, rng) for _ in range(count)]
-
-
 def make(config: VLMConfig, *, work: Path, seed: int, resume: bool) -> Path:
     """Train the judge and write it as a folder that transformers loads and serves."""
     from transformers.utils import logging
@@ -228,52 +189,25 @@ def make(config: VLMConfig, *, work: Path, seed: int, resume: bool) -> Path:
 
     fit(looker, seeing, config.seeing, folder=work / "seeing", seed=seed, resume=resume, title="shapes-vlm looks")
 
-    def learning(step: int, generator: torch.Generator) -> Tensor:
-        rng = random.Random(f"learn {seed} {step}")
-        lessons = draw_lessons(SHORT, config.short, rng) + draw_lessons(LONG, config.long, rng)
-        losses = [answer_loss(model, batch) for batch in speller.batches(lessons, config.shares)]
-        return torch.stack(losses).sum() / len(lessons)
-
-    fit(model, learning, config.learning, folder=work / "learning", seed=seed, resume=resume, title="shapes-vlm learns")
+    for k, stage in enumerate(config.rounds):
+        loss = learning(model, speller, config.shares, stage, f"learn {seed}" + f" {k}" * (k > 0))
+        title = f"shapes-vlm learns, round {k + 1} of {len(config.rounds)}"
+        fit(model, loss, stage.fit, folder=work / f"learning-{k + 1}", seed=seed, resume=resume, title=title)
     return write(model, words, work / "model")
 
 
-def processor(words: Any) -> Any:
-    """What turns chats and pictures into the model's inputs."""
-    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
+def learning(model: Any, speller: Speller, shares: Sequence[float], stage: Round, stream: str) -> Loss:
+    """The loss of a round: lessons drawn anew at every step."""
 
-    size = {"height": int(CANVAS), "width": int(CANVAS)}
-    pictures = GotOcr2ImageProcessor(
-        size=size, image_mean=MEAN, image_std=STD, resample=2, crop_to_patches=False, min_patches=1, max_patches=1
-    )
-    videos = InternVLVideoProcessor(size=size, image_mean=MEAN, image_std=STD, resample=2)
-    return InternVLProcessor(
-        pictures, words, videos, image_seq_length=(SIDE // 2) ** 2, chat_template=words.chat_template
-    )
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rng = random.Random(f"{stream} {step}")
+        lessons = [
+            draw(mix, rng) for mix, n in zip(stage.mixes, (stage.short, stage.long), strict=True) for _ in range(n)
+        ]
+        losses = [answer_loss(model, batch) for batch in speller.batches(lessons, shares)]
+        return torch.stack(losses).sum() / len(lessons)
 
-
-def write(model: Any, words: Any, target: Path) -> Path:
-    """In half precision on disk; loaded in single precision, which CPUs are good at."""
-    import json
-
-    from safetensors.torch import save_file
-
-    target.mkdir(parents=True, exist_ok=True)
-    processor(words).save_pretrained(target)
-    decisions = decision_template("<|user|>", IMAGE, f"{END}<|assistant|>")  # a server then asks in the words it learnt
-    (target / decision_file).write_text(decisions, encoding="utf-8")
-    model.generation_config.eos_token_id = words.eos_token_id
-    model.generation_config.pad_token_id = words.pad_token_id
-    model.generation_config.save_pretrained(target)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(target)
-    told = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    told["dtype"] = "float32"
-    (target / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    half = {name: value.half().contiguous() for name, value in state.items()}
-    save_file(half, target / "model.safetensors", metadata={"format": "pt"})
-    return target
+    return loss
 
 
 def measured(target: Path, *, seed: int, n: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffalign.cases import Case, batched
 from diffalign.intervals import Interval, bootstrap, wilson
 from diffalign.judges.asking import Decision
+from diffalign.judges.parse import read_scores
 from diffalign.judges.wording import SHOWS, fill
 from diffalign.world.edit_sets import OUTCOMES, EditTriple, attempt, edit_case, sample_edit
 from diffalign.world.edits import judge_edit
@@ -25,7 +26,7 @@ from diffalign.world.facts import facts
 from diffalign.world.grammar import say
 from diffalign.world.rendering import render
 from diffalign.world.scenes import Scene
-from diffalign.zoo.lessons import Pupil, strict
+from diffalign.zoo.lessons import SCALE, Pupil, strict
 from diffalign.zoo.wear import Wear, some_wear, worn
 
 
@@ -122,19 +123,37 @@ def correlation(a: Sequence[float], b: Sequence[float], *, draws: int = 1000, se
     return Interval(spearman(a, b), float(lo), float(hi))
 
 
+class Heard:
+    """A judge whose replies are counted: whether each, at its first and second try, has two scores."""
+
+    def __init__(self, judge: Any) -> None:
+        self.judge, self.sound = judge, list[bool]()
+        self.name, self.most_images, self.version = judge.name, judge.most_images, None
+
+    def reply(self, questions: Any) -> Any:
+        replies = self.judge.reply(questions)
+        self.sound += [not one.problem and read_scores(one.text, 2, 0, SCALE) is not None for one in replies]
+        return replies
+
+    def decide(self, decisions: Any) -> Any:
+        return self.judge.decide(decisions)
+
+
 def measure_edits(judge: Any, *, seed: int, n: int, passes: int = 1) -> dict[str, Any]:
     """`editscore` by this judge against the exact quality: rank correlation, and the share of replies that parse."""
+    from diffalign.judges.finding import find_judge
     from diffalign.scoring import make_reward, score
 
-    reward = make_reward({"editscore": {"judge": judge, "passes": passes}})
+    heard = Heard(find_judge(judge))
+    reward = make_reward({"editscore": {"judge": heard, "passes": passes}})
     tried = attempts(n, seed)
     totals: list[float] = []
     for some in (tried[k : k + 16] for k in range(0, len(tried), 16)):
         media = torch.stack([one.media for one in some])
         totals += score(reward, media, [one.case for one in some], all_invalid=True).total.tolist()
     sound = [(total, one.quality) for total, one in zip(totals, tried, strict=True) if total == total]
-    parsed = wilson(len(sound), len(tried))
-    found: dict[str, Any] = {"n": n, "passes": passes, "parsed": parsed.json()}
+    found: dict[str, Any] = {"n": n, "passes": passes, "valid": wilson(len(sound), len(tried)).json()}
+    found["parsed"] = wilson(sum(heard.sound), len(heard.sound)).json() | {"replies": len(heard.sound)}
     if len(sound) > 2:
         rated, truth = [row[0] for row in sound], [row[1] for row in sound]
         found["spearman"] = correlation(rated, truth, seed=seed).json()
@@ -179,5 +198,6 @@ def measured(target: Path, *, seed: int, n: int) -> dict[str, Any]:
     generated = measure_generated(str(target), seed=seed, n=n)
     return {
         "strict": answers["strict"],
-        "measured": {"yes_no": answers, "editscore": edits, "vqascore_on_generated": generated},
+        "measured": {"yes_no": answers},
+        "as_a_reward": {"editscore": edits, "vqascore_on_generated": generated},
     }

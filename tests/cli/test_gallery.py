@@ -149,3 +149,19 @@ def test_the_command_of_a_page_can_be_typed_again(tmp_path: Path):
     words = ["gallery", str(tmp_path / "my pictures"), "--title", "it's mine"]
     assert main([*words, "--out", str(tmp_path / "page")]) == 0
     assert shlex.split(manifest.read(tmp_path / "page")["command"]) == ["diffalign", *words]
+
+
+def test_a_gallery_holds_no_key_of_a_judge(tmp_path: Path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def dark(media, cases, judge=None):\n    return 1 - media.flatten(1).mean(1)\n", encoding="utf-8")
+    config = tmp_path / "two.yaml"
+    judge = "{url: 'http://127.0.0.1:9/v1', key: sk-very-secret}"
+    config.write_text(
+        f"split: hard\nlimit: 1\ncall: {{num_inference_steps: 2}}\nreward: {{'{mine}:dark': {{judge: {judge}}}}}\n"
+        "systems:\n  stock: {}\n  best of 2: {method: best_of_n, n: 2}\n",
+        encoding="utf-8",
+    )
+    assert main(["gallery", "--config", str(config), "--out", str(tmp_path / "page")]) == 0
+    files = [path for path in (tmp_path / "page").rglob("*") if path.is_file()]
+    assert {"config.yaml", "settings.json", "results.jsonl", "manifest.json"} <= {path.name for path in files}
+    assert not [path for path in files if b"sk-very-secret" in path.read_bytes()]

@@ -109,3 +109,50 @@ def test_scores_are_not_asked_twice_with_a_cache(tiny: str, here: Path):
     assert main([*ask, "--out", "a"]) == main([*ask, "--out", "b"]) == 0
     assert lines(here / "a/results.jsonl") == lines(here / "b/results.jsonl")
     assert (here / "scores.sqlite").is_file()
+
+
+MUTE = """
+import torch
+from diffalign.judges.asking import Judgement
+
+class Mute:
+    name, differentiable, modality, version, range = "mute", False, "image", None, None
+    def __init__(self, judge=None):
+        self.judgements, self.options = [], {}
+    def __call__(self, media, cases):
+        bad = [case.prompt == "one" for case in cases]
+        self.judgements += [(c, Judgement(problem="the reply is a poem")) for c, b in zip(cases, bad) if b]
+        return torch.tensor([float("nan") if b else 0.5 for b in bad])
+"""
+
+
+def test_an_image_without_a_score_does_not_end_the_run_and_is_counted(
+    tiny: str, here: Path, capsys: pytest.CaptureFixture[str]
+):
+    (here / "mine.py").write_text(MUTE)
+    ask = ["generate", "-m", tiny, "-p", "one", "-p", "two", "--batch", "1", "-r", "mine.py:Mute", *SMALL]
+    assert main(ask) == 0
+    rows = lines(here / "out/generate/results.jsonl")
+    assert [row["reward"] for row in rows] == [None, 0.5]
+    assert "1 of 2 images could not be scored (mute: the reply is a poem)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["stock", "best_of_n"])
+def test_a_judges_key_is_written_nowhere(
+    method: str, tiny: str, here: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+):
+    elsewhere = tmp_path_factory.mktemp("settings")
+    (elsewhere / "mine.py").write_text(MUTE)
+    judge = "{url: 'http://127.0.0.1:9/v1', model: m, key: sk-very-secret}"
+    (elsewhere / "c.yaml").write_text(f"reward: {{'{elsewhere}/mine.py:Mute': {{judge: {judge}}}}}\nprompt: [two]\n")
+    ask = ["generate", "-m", tiny, "--config", str(elsewhere / "c.yaml"), "--method", method, *SMALL]
+    ask += ["n=2"] if method == "best_of_n" else []
+    assert main([*ask, "--dry-run", "--json", "plan.json"]) == 0
+    assert main([*ask, "--json", "run.json"]) == 0
+    files = [path for path in here.rglob("*") if path.is_file()]
+    assert len(files) > 4
+    assert not [path for path in files if b"sk-very-secret" in path.read_bytes()]
+    assert "sk-very-secret" not in capsys.readouterr().out
+    [row] = lines(here / "out/generate/results.jsonl")
+    if method == "best_of_n":
+        assert "http://127.0.0.1:9/v1" in row["command"]

@@ -17,13 +17,13 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def judge(shelf: Path) -> Callable[..., LocalJudge]:
-    """A judge of a kind, made once for each set of settings."""
+    """A judge of a kind, made once for each set of settings; a random one decides by labels that it would not say."""
     made: dict[str, LocalJudge] = {}
 
     def find(kind: str = "internvl", **settings: Any) -> LocalJudge:
         key = f"{kind} {settings}"
         if key not in made:
-            made[key] = LocalJudge(str(tiny_judges.folder(shelf / kind, kind)), **settings)
+            made[key] = LocalJudge(str(tiny_judges.folder(shelf / kind, kind)), **{"covered": 0.0, **settings})
         return made[key]
 
     return find

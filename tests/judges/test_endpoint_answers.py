@@ -178,9 +178,9 @@ def test_an_interrupted_call_leaves_nothing_running() -> None:
             asked.reply([Question(text=f"{k}") for k in range(12)])
         assert time.monotonic() - start < 3
         deadline = time.monotonic() + 3
-        while asked._going and time.monotonic() < deadline:
+        while asked._sharing.going and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not asked._going
+        assert not asked._sharing.going
         assert len(heard.posts) == 8  # those beyond the limit were never sent
         done.set()
         assert asked.reply([Question(text="and now?")])[0].text == "late"

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffalign.errors import ConfigError
 from diffalign.judges.asking import Decision, Question, Reply, ask
 from diffalign.judges.local import LocalJudge
-from diffalign.judges.sampling import Draws, kept
+from diffalign.judges.sampling import Draws, kept, shares
 from tests.judges import tiny_judges
 
 Make = Callable[..., LocalJudge]
@@ -237,15 +237,61 @@ def test_questions_that_cannot_be_asked_are_refused(judge: Make) -> None:
             judge().reply([Question(text="?", **more)])
     with pytest.raises(ConfigError, match="is empty"):
         judge().likelihood([], "?", "")
-    with pytest.raises(ConfigError, match=r"tokens long, and .* reads 4096"):
-        judge().reply([Question(text="x" * 9000)])
-    with pytest.raises(ConfigError, match="refuses pictures of 1x900"):
-        judge("qwen2_vl").reply([Question(text="?", images=(torch.rand(3, 900, 1),))])
     assert judge().reply([]) == []
     assert judge().decide([]) == []
 
 
+def test_a_question_that_is_too_long_has_a_problem_and_spoils_no_other(judge: Make) -> None:
+    short = Question(text="?", max_tokens=4)
+    found = judge().reply([short, Question(text="word " * 5000, max_tokens=4)])
+    assert found[0] == judge().reply([short])[0]
+    assert "tokens long" in found[1].problem
+    assert "fewer words" in found[1].problem
+    decided = judge().decide([Decision(text="?"), Decision(text="word " * 5000)])
+    assert decided[0] == pytest.approx(judge().decide([Decision(text="?")])[0])
+    assert decided[1] is None
+    told = judge().likelihoods([short, Question(text="word " * 5000)], ["Yes", "Yes"])
+    assert told[0] == pytest.approx(judge().likelihood([], "?", "Yes"))
+    assert math.isnan(told[1])
+
+
+def test_a_reply_ends_where_the_model_reads_no_further(shelf: Path) -> None:
+    small = LocalJudge(str(tiny_judges.folder(shelf / "internvl")))
+    long = Question(text="?", max_tokens=10_000)
+    small._limit = int(small._inputs([long])["attention_mask"].sum()) + 5
+    (alone,) = small.reply([long])
+    assert alone.problem in ("", "cut off after 5 tokens")
+    other = Question(text="What is it?" * 20, max_tokens=10_000)
+    assert small.reply([long, other]) == [alone, *small.reply([other])]
+    assert "tokens long" in small.reply([other])[0].problem
+
+
+def test_a_picture_that_the_processor_refuses_is_a_problem_and_a_wrong_setting_is_an_error(judge: Make) -> None:
+    strip, good = torch.rand(3, 900, 1), pictures(1)[0]
+    told = Question(text="?", images=(good,), max_tokens=4)
+    found = judge("qwen2_vl").reply([told, Question(text="?", images=(strip,), max_tokens=4)])
+    assert found[0] == judge("qwen2_vl").reply([told])[0]
+    assert "refuses pictures of 1x900" in found[1].problem
+    with pytest.raises(ConfigError, match="refuses pictures"):
+        judge("qwen2_vl", processor={"return_tensors": "nothing"}).reply([told])
+
+
+def test_labels_that_the_judge_would_not_say_decide_nothing(judge: Make) -> None:
+    asked = [Decision(text="?", labels=ABC)]
+    (mass,) = judge().decide(asked, whole=True)
+    assert mass is not None
+    assert 0 < sum(mass) < 0.5
+    assert judge(covered=0.5).decide(asked) == [None]
+    assert judge(covered=0.5).decide(asked, whole=True) == [mass]
+    assert judge(covered=0.99 * sum(mass)).decide(asked)[0] == pytest.approx([m / sum(mass) for m in mass])
+    assert LocalJudge("m").covered == 0.5
+    logits = torch.zeros(1000).double()
+    logits[7], logits[1] = 40.0, 3.0
+    assert shares(logits, [[1], [2]], 0.5) is None
+    assert shares(logits, [[1], [2, 7]], 0.5) == pytest.approx((0.0, 1.0))
+
+
 def test_settings_that_mean_nothing_are_refused() -> None:
-    for settings in ({"batch": 0}, {"pixels": -1}, {"most_images": True}, {"dtype": "float31"}):
+    for settings in ({"batch": 0}, {"pixels": -1}, {"most_images": True}, {"dtype": "float31"}, {"covered": 2}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             LocalJudge("m", **settings)  # type: ignore[arg-type]

@@ -119,7 +119,7 @@ def test_an_adapter_is_merged_and_counts_in_the_version(shelf: Path, tmp_path: P
     model = AutoModelForImageTextToText.from_pretrained(base)
     told = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(model, told).save_pretrained(tmp_path / "lora")
-    adapted = LocalJudge(str(base), adapter=str(tmp_path / "lora"))
+    adapted = LocalJudge(str(base), adapter=str(tmp_path / "lora"), covered=0.0)
     asked = [Decision(text="?")]
     assert adapted.decide(asked) != judge().decide(asked)
     assert adapted.version.startswith(judge().version)

@@ -48,6 +48,15 @@ def final(text: Any) -> float | None:
         '{"score": [20, 10], "score": [20, 10]}',
         "[20, 10]",
         "```\n[20, 10]\n```",
+        f"[{GOOD}]",
+        GOOD.replace("[20, 10]", "[20/25, 10 / 25.0]"),
+        GOOD.replace('"', "'").replace("now'", "now, the cat's'"),
+        GOOD.replace('now"', 'now "really""'),
+        GOOD.replace("is red", 'says "STOP", "GO" and "score": it is red'),
+        '{"score": [20, 10], "reasoning": "the sign says "STOP""}',
+        "{\u201creasoning\u201d: \u201cthe \u201csign\u201d\u201d, \u201cscore\u201d: [20, 10]}",
+        f"Let me see [note: {GOOD}",
+        f"Nice :] and that is it. {GOOD}",
     ],
 )
 def test_a_sound_reply_is_read_whatever_stands_around_it(text: str) -> None:
@@ -78,11 +87,26 @@ def test_a_sound_reply_is_read_whatever_stands_around_it(text: str) -> None:
         GOOD.replace("[20, 10]", "(20, 10)"),
         GOOD.replace("score", "scores"),
         GOOD.replace('"reasoning"', "reasoning"),
-        GOOD.replace('now"', 'now "really""'),
         '{"score": [20, 10], "score": [20, 11]}',
         f"{GOOD} or rather {GOOD.replace('10', '11')}",
         f'{{"first": {GOOD}}}',
-        f"[{GOOD}]",
+        f"[{GOOD}, {GOOD}]",
+        f"[{GOOD}",
+        f"] {GOOD}",
+        f"It is {{so {GOOD}",
+        f'the score": 20, 10]}} I mean {GOOD}',
+        f"20, 10] I mean {GOOD}",
+        f"{GOOD} Nice :]",
+        f"{GOOD} [note",
+        f"{'so ] ' * 50_000}{GOOD}"[: parse.LONGEST],
+        GOOD.replace("[20, 10]", "[20/10, 10/10]"),
+        GOOD.replace("[20, 10]", "[20/25/25, 10]"),
+        GOOD.replace("[20, 10]", "[20/, 10]"),
+        GOOD.replace("is red", 'says "go", "score": [1, 2], "b": "it'),
+        GOOD.replace("is red", 'says "go", "score": [1, 2] "it'),
+        GOOD.replace("is red", 'says "{"score": [1, 2], "a": "b"}" it'),
+        GOOD.replace('now"', "now"),
+        GOOD.replace('now"', 'now "really'),
         "[" * 50_000,
         "{'a':" * 50_000,
         '{"score": [20, 10], "deep": ' + "[" * 40 + "]" * 40 + "}",
@@ -97,7 +121,7 @@ def test_a_reply_that_leaves_a_doubt_is_no_number(text: Any) -> None:
 
 
 NO_NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 41, "9" * 5000, "26", "-1", "25.0001", "-0.1", "007"]
-NO_NUMBERS += ["+3", "3.", ".5", "0x10", "1_0", "½", "٣", "３", "20/25", "20%", "~20", "'20'", "1e", "--2"]  # noqa: RUF001
+NO_NUMBERS += ["+3", "3.", ".5", "0x10", "1_0", "½", "٣", "３", "20/20", "20%", "~20", "'20'", "1e", "--2"]  # noqa: RUF001
 NO_NUMBERS += ["2-3", "nan", "inf", "1,5", "1j"]
 
 
@@ -112,6 +136,13 @@ def test_the_ends_of_the_scale_belong_to_it() -> None:
     assert number(True, 0, 1) is None
     assert number(float("nan"), 0, 1) is None
     assert number("1", 0, 1) is None
+
+
+def test_a_score_may_name_its_scale() -> None:
+    assert two('{"score": [20/25, 10]}') == (20.0, 10.0)
+    assert two('{"score": [20/10, 10]}') is None
+    assert read_scores('{"score": [30/25, 10]}', 2, -1e6, 1e6, of=25) == (30.0, 10.0)
+    assert read_scores('{"score": [30/1000000, 10]}', 2, -1e6, 1e6, of=25) is None
 
 
 def test_one_score_may_stand_alone_or_bare() -> None:
@@ -152,6 +183,27 @@ def test_all_that_json_writes_is_read_as_it_was(value: Any, indent: int | None, 
         ("# Final Score: `1`\r\nThank you.", 1.0),
         ("Final Score: 3\nso\nFinal Score: 3.0", 3.0),
         ("<think>Final Score: 2</think>Final Score: 3", 3.0),
+        ("Final Score: 4 (good)", 4.0),
+        ("Final Score: **4** (nearly all of it).", 4.0),
+        ("Final Score: [4]", 4.0),
+        ("Final Score: [4/5]", 4.0),
+        ("1. Final Score: 4", 4.0),
+        ("**2)** It fits\n3) **Final Score:** 4", 4.0),
+        ("Final Score: 4!", 4.0),
+        ("Final Score:\n4", 4.0),
+        ("**Final Score:**\n\n**4/5**\nIt fits.", 4.0),
+        ("Final Score:\n4\n5", None),
+        ("Final Score:\n4\nor 5", None),
+        ("Final Score:\n4\nout of 10", None),
+        ("Final Score:\nIt fits.\n4", None),
+        ("Final Score:\n4\nFinal Score: 5", None),
+        ("Final Score: 4 (or 5)", None),
+        ("Final Score: 4 (or five)", None),
+        ("Final Score: 4 (out of ten)", None),
+        ("Final Score: [4", None),
+        ("Final Score: [4, 5]", None),
+        ("Final Score: .5", None),
+        ("Final Score: !4", None),
         ("Final Score: 3\nFinal Score: 4", None),
         ("Final Score: 3 or 4", None),
         ("Final Score: 3-4", None),
@@ -181,7 +233,12 @@ def test_every_label_has_its_line() -> None:
     assert read_labelled("\n".join(reversed(lines)), LABELS, 1, 5) == (2.0, 3.0, 4.0)
     for k in range(3):
         assert read_labelled("\n".join(lines[:k] + lines[k + 1 :]), LABELS, 1, 5) is None
-    assert read_labelled(", ".join(lines), LABELS, 1, 5) is None
+    for between in (", ", " ", "; ", " | ", " **"):
+        assert read_labelled(between.join(lines), LABELS, 1, 5) == (2.0, 3.0, 4.0)
+    assert read_labelled(" ".join([*lines, "Style Score: 5"]), LABELS, 1, 5) is None
+    assert read_labelled(" or ".join(lines), LABELS, 1, 5) is None
+    assert read_labelled(f"I would say {', '.join(lines)}", LABELS, 1, 5) is None
+    assert read_labelled(" ".join(lines).replace("3", "3 to 4"), LABELS, 1, 5) is None
     assert read_labelled("Alignment Score: 4", ("Score",), 1, 5) is None
 
 
@@ -191,6 +248,10 @@ def test_every_label_has_its_line() -> None:
         "yes, no, unsure",
         "Yes\nNo.\nUnsure",
         "1. yes\n2. no\n3. unsure",
+        "2. no\n3. unsure\n1. yes",
+        "1) yes, 2) no, 3) unsure",
+        '{"answer": "yes"}\n{"answer": "no", "evidence": "none"}\n{"answer": "unsure"}',
+        '[{"id": 1, "answer": "yes"}, {"id": 2, "answer": "no"}, {"id": 3, "answer": "unsure"}]',
         "- **yes**\n- no\n- unsure",
         "[yes, no, unsure]",
         '["yes", "no", "unsure"]',
@@ -209,9 +270,33 @@ NO_VERDICTS += ['["yes", "no", true]', '["yes", "no", 1]', '["yes", "no", "unsur
 NO_VERDICTS += ['["yes","no","no"] ["no","no","no"]', '[{"answer": "yes"}, {"answer": "no"}, {"said": "no"}]']
 
 
+NO_VERDICTS += ["1. yes\n2. no\n2. no", "1. yes\n2. no\n4. no", "0. yes\n1. no\n2. no", "1. yes\nno\nno"]
+NO_VERDICTS += ['{"answer": "yes"} {"answer": "no"}', '{"answer": "yes"} ["yes", "no", "no"]']
+NO_VERDICTS += ['[{"id": 2, "answer": "yes"}, {"id": 1, "answer": "no"}, {"id": 3, "answer": "no"}]']
+NO_VERDICTS += ['[{"question": "Q3", "answer": "yes"}, {"answer": "no"}, {"answer": "no"}]']
+
+
 @pytest.mark.parametrize("text", NO_VERDICTS)
 def test_another_number_of_verdicts_or_another_word_is_malformed(text: str) -> None:
     assert read_words(text, VERDICTS, 3) is None
+
+
+def test_one_verdict_may_be_an_object_without_its_list() -> None:
+    for text in (
+        '{"evidence": "a cat", "answer": "yes"}',
+        '{"answer": "Yes."}',
+        '[{"answer": "yes"}]',
+        "yes",
+        "1. yes",
+    ):
+        assert read_words(text, VERDICTS, 1) == ("yes",)
+    for text in (
+        '{"answer": "yes"} {"answer": "no"}',
+        '{"answer": "yes", "answer": "no"}',
+        "2. yes",
+        '{"said": "yes"}',
+    ):
+        assert read_words(text, VERDICTS, 1) is None
 
 
 def test_checks_are_zeros_and_ones_and_a_score() -> None:

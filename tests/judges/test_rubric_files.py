@@ -217,3 +217,12 @@ def test_a_principle_without_content_is_refused(tmp_path: Path, name, text, says
         read_principle(str(tmp_path / name))
     with pytest.raises(ConfigError, match="cannot read the principle"):
         read_principle(str(tmp_path / "absent.yaml"))
+
+
+def test_a_folder_may_grow_while_it_is_gone_through(tmp_path: Path):
+    folder = RubricFolder(tmp_path)
+    for k in range(2):
+        folder.add(Rubric(name="r", prompt=f"prompt {k}", items=(Item(id="a", question="?"),)))
+    for rubric in folder:
+        folder.add(replace(rubric, prompt=f"{rubric.prompt} more"))
+    assert len(folder) == 4

@@ -212,3 +212,11 @@ def test_a_profile_that_cannot_be_read_gives_no_rubric(text):
     assert profile(Scripted(lambda q: text), "a cat", [RED])[0][0] is None
     found = contrasted(Scripted(lambda q: text), "a cat", RED, BLUE)
     assert (found.rubric, found.scores, found.kept) == (None, None, False)
+
+
+def test_a_writer_is_told_apart_by_its_settings_too():
+    judges = [Scripted(lambda q: ""), Scripted(lambda q: ""), Scripted(lambda q: "")]
+    judges[0].options, judges[1].options = {"pixels": 64}, {"pixels": 128}
+    judges[2].options = {"pixels": 64}
+    marks = [RubricWriter(lambda judge=judge: judge).mark() for judge in judges]
+    assert marks[0] == marks[2] != marks[1]

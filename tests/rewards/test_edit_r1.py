@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffalign.errors import ConfigError
+from diffalign.judges import wording
 from diffalign.judges.asking import Question
 from diffalign.judges.principles import CATEGORIES, Check, Principles, key_of, read_principles
 from diffalign.rewards.edit_r1 import EditR1
@@ -236,4 +237,27 @@ def test_the_means_of_the_categories_add_up_to_that_of_all(kinds: list[str], dat
 @pytest.mark.parametrize("options", [{"most": 0}, {"shown": 0}, {"divide": 0.0}])
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="all are positive"):
+        asked(**options)
+
+
+def test_the_schema_asks_in_the_order_of_the_wording() -> None:
+    reward = asked()
+    rate(reward, plain(0.8), [edit()])
+    schema = reward.backend.questions[-1].schema  # type: ignore[attr-defined]
+    assert list(schema["properties"]) == schema["required"] == ["reasoning", "checks", "score"]
+    reply = wording.EDIT_CHECKS.rpartition("JSON only")[2]
+    assert sorted(schema["required"], key=reply.index) == schema["required"]
+
+
+def test_the_writer_is_told_apart_by_its_settings_too() -> None:
+    small, large = asked(), asked()
+    small.backend.options, large.backend.options = {"pixels": 64}, {"pixels": 128}  # type: ignore[attr-defined]
+    assert small.writer != large.writer
+    large.backend.options = {"pixels": 64}  # type: ignore[attr-defined]
+    assert small.writer == large.writer
+
+
+@pytest.mark.parametrize("options", [{"divide": math.inf}, {"divide": math.nan}, {"unedited_above": math.nan}])
+def test_numbers_that_mean_nothing_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
         asked(**options)

@@ -14,7 +14,8 @@ from PIL import Image
 
 from diffalign.cases import Case
 from diffalign.errors import ConfigError
-from diffalign.judges.asking import SECOND_TRY, Question
+from diffalign.judges.asking import LARGEST_SEED, SECOND_TRY, Judgement, Question, ask
+from diffalign.judges.protocols import Sampling
 from diffalign.rewards.editscore import EditScore
 from diffalign.scoring import ScoreCache, make_reward, rate, score
 from tests.rewards.scripted import Scripted, edit, level, plain
@@ -225,12 +226,12 @@ def test_a_judge_of_one_picture_is_refused() -> None:
 
 
 def test_a_case_without_a_source_is_refused() -> None:
-    for ask in (
+    for refused in (
         lambda: score(asked(golden), plain(0.7), [Case(prompt="a")]),
         lambda: asked(golden)(plain(0.7), [Case(prompt="a")]),
     ):
         with pytest.raises(ConfigError, match="no source image"):
-            ask()
+            refused()
 
 
 def test_rows_do_not_depend_on_their_neighbours() -> None:
@@ -269,3 +270,50 @@ def test_sources_of_every_mode_are_shown(tmp_path: Path) -> None:
     for mode in ("L", "RGBA", "P", "1", "LA"):
         source = Image.new(mode, (8, 8))
         assert rate(asked(golden), plain(0.7), [Case(prompt="a", source=source)]).valid.all()
+
+
+def test_the_schema_has_the_scale_of_the_scores() -> None:
+    reward = asked(golden, scale=10)
+    reward(plain(0.7), [edit()])
+    for question in reward.backend.questions:  # type: ignore[attr-defined]
+        assert question.schema is not None
+        items = question.schema["properties"]["score"]["items"]
+        assert (items["minimum"], items["maximum"]) == (0, 10)
+
+
+def test_a_score_may_name_its_scale_where_it_is_clamped_too() -> None:
+    reply = '{"reasoning": "", "score": [20/25, 10/25]}'
+    plainly = rate(asked(lambda q: said((20, 10))), plain(0.7), [edit()])
+    for how in ("invalid", "clamp"):
+        assert torch.equal(rate(asked(lambda q: reply, out_of_range=how), plain(0.7), [edit()]).total, plainly.total)
+
+
+@pytest.mark.parametrize("options", [{"divide": math.inf}, {"divide": math.nan}, {"unedited_above": math.nan}])
+def test_numbers_that_mean_nothing_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        asked(golden, **options)
+
+
+def test_a_judge_is_not_sampled_at_an_infinite_temperature() -> None:
+    for temperature in (math.inf, math.nan, -1.0):
+        with pytest.raises(ConfigError, match="temperature"):
+            Sampling(temperature=temperature)
+
+
+def test_the_log_is_json_where_a_part_is_nan(tmp_path: Path) -> None:
+    log = tmp_path / "judge.jsonl"
+    reward = asked(golden, log=str(log))
+    reward._keep([edit()], [Judgement(0.5, {"spread": math.nan, "overall": 5.0})])
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    (row,) = (json.loads(line, parse_constant=refuse) for line in log.read_text().splitlines())
+    assert row["parts"] == {"spread": None, "overall": 5.0}
+
+
+def test_a_seed_stays_one_that_servers_take() -> None:
+    largest = Sampling(seed=LARGEST_SEED)
+    backend = Scripted(lambda q: "")
+    ask(backend, [largest.question("?", ())], lambda text: None)
+    assert [question.seed for question in backend.questions] == [LARGEST_SEED, SECOND_TRY - 1]

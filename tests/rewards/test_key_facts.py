@@ -160,3 +160,17 @@ def test_scores_are_cached_by_judge_and_checks(tmp_path):
     assert len(judge.asked) == 2
     with_text = KeyFacts(judge, checks=[{"measure": "text", "says": "exit"}], engine=Engine())
     assert "reads" in str(with_text.version)
+
+
+def test_a_picture_is_read_once_for_all_checks_of_text():
+    seen = []
+
+    class Counting(Engine):
+        def read(self, image):
+            seen.append(image)
+            return super().read(image)
+
+    checks = [{"measure": "text", "says": says} for says in ("exit", "enter", "only")]
+    reward = KeyFacts(Scripted(lambda question: "a sign"), checks=checks, engine=Counting())
+    reward(MEDIA.repeat(2, 1, 1, 1), [facts(["sign"])] * 2)
+    assert len(seen) == 2

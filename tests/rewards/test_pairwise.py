@@ -166,7 +166,8 @@ def test_a_judge_of_one_picture_is_refused() -> None:
 
 @pytest.mark.parametrize("ties", ["agree", "mean"])
 def test_a_real_judge_keeps_the_symmetry(ties: Literal["agree", "mean"], tmp_path: Path) -> None:
-    reward = Pairwise(str(tiny_judges.folder(tmp_path / "judge")), against="group", ties=ties)
+    judge = {"model": str(tiny_judges.folder(tmp_path / "judge")), "covered": 0.0}  # a random one says no label
+    reward = Pairwise(judge, against="group", ties=ties)
     media = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     found = rate(reward, media, group(4))
     assert float(found.total.double().sum()) == pytest.approx(2, abs=1e-5)

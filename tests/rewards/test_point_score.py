@@ -98,7 +98,9 @@ def test_wording_and_way_are_part_of_what_tells_scores_apart(tmp_path: Path) -> 
 
 
 def test_a_real_judge_is_asked_and_a_batch_equals_its_rows(tmp_path: Path) -> None:
-    reward = PointScore(str(tiny_judges.folder(tmp_path / "judge")))
+    reward = PointScore(
+        {"model": str(tiny_judges.folder(tmp_path / "judge")), "covered": 0.0}
+    )  # a random one says no label
     media = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     cases = [Case(prompt=text) for text in ("a red circle", "two blue squares left of a green triangle", "a")]
     whole = rate(reward, media, cases).total

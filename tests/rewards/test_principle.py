@@ -194,3 +194,16 @@ def test_edits_of_two_sources_are_not_beside_each_other():
     edits = [Case(prompt="make it bright", source=source) for source in sources]
     PrincipleReward(judge, orders=1)(pictures(0.1, 0.2, 0.3), edits)
     assert sorted(len(question.images) for question in judge.asked) == [1, 2]
+
+
+def test_seeds_are_those_that_servers_take_at_the_second_try_too():
+    judge = Scripted(lambda question: "")
+    for k in range(64):
+        PrincipleReward(judge)(pictures(0.5), cases(1, f"a cat {k}"))
+    assert len(judge.asked) == 128
+    assert all(0 <= question.seed < 2**31 for question in judge.asked)
+
+
+def test_an_object_may_be_the_only_entry_of_a_list():
+    assert read_reply(f"[{replied([3, 4])}]", 2) == read_reply(replied([3, 4]), 2)
+    assert read_reply(f"[{replied([3, 4])}, {replied([3, 4])}]", 2) is None

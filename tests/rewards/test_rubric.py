@@ -191,7 +191,17 @@ def test_a_wrong_rubric_of_a_case_is_one_clear_error(value):
 
 
 @pytest.mark.parametrize(
-    "options", [{"ask": "all"}, {"at_once": 0}, {"items": 0}, {"gate": "x"}, {"strength": 2.0}, {"total": "max"}]
+    "options",
+    [
+        {"ask": "all"},
+        {"at_once": 0},
+        {"items": 0},
+        {"items": 101},
+        {"unedited_above": math.nan},
+        {"gate": "x"},
+        {"strength": 2.0},
+        {"total": "max"},
+    ],
 )
 def test_a_wrong_option_is_one_clear_error(options):
     with pytest.raises(ConfigError, match="rubric"):
@@ -285,3 +295,22 @@ def test_odd_prompts_and_questions_are_asked_as_they_are(text):
         for asked in (*scripted.asked, *scripted.decided):
             asked.text.encode()
         assert RubricReward(scripted)(RED[None], [Case(prompt=text)]).valid.tolist() == [True]
+
+
+def test_many_items_are_asked_in_pieces_of_nearly_one_size():
+    asked = judge()
+    case = Case(prompt="x", metadata={"rubric": [f"Is it {k}?" for k in range(11)]})
+    found = RubricReward(asked)(RED[None], [case])
+    pieces = sorted((items_of(question) for question in asked.asked), key=len, reverse=True)
+    assert [len(piece) for piece in pieces] == [6, 5]
+    assert [item for piece in pieces for item in piece] == case.metadata["rubric"]
+    assert len([name for name in found.parts if name.startswith("item/")]) == 11
+
+
+def test_one_item_may_be_answered_without_its_list_and_numbers_say_the_order():
+    one = Case(prompt="x", metadata={"rubric": ["Is it red?"]})
+    bare = judge(says=lambda question: '{"evidence": "it is", "answer": "yes"}')
+    assert RubricReward(bare)(RED[None], [one]).total.tolist() == [1.0]
+    turned = judge(says=lambda question: "2. no\n1. yes")
+    found = RubricReward(turned)(RED[None], [CASE])
+    assert [found.parts[f"item/q{k}"].item() for k in (1, 2)] == [1.0, 0.0]

@@ -56,7 +56,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_model_that_knows_nothing_gives_numbers_in_range_or_invalid_rows(name: str, tiny: str) -> None:
-    reward = reward_of(name, tiny)
+    reward = reward_of(name, {"model": tiny, "covered": 0.0})
     found = reward(MEDIA, CASES)
     low, high = reward.range
     assert found.total.shape == (2,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_a_published_wording_is_a_bare_text(tmp_path: Path) -> None:
     assert backend.questions[0].text == "Judge a red circle as {json}."
 
 
-@pytest.mark.parametrize("options", [{"divide": 0.0}, {"size": 0}])
+@pytest.mark.parametrize("options", [{"divide": 0.0}, {"divide": math.inf}, {"divide": math.nan}, {"size": 0}])
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="both are positive"):
         UnifiedReward(Scripted(), **options)

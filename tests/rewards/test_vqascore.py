@@ -196,14 +196,15 @@ def test_the_whole_vocabulary_is_asked_for_only_where_a_judge_can_tell() -> None
 def test_a_judge_in_this_process_gives_the_share_of_yes_or_its_probability_among_all_words(tmp_path: Path) -> None:
     tiny_judges.folder(tmp_path)
     media, asked = media_of(3), PROMPTS[:3]
-    found = {name: VQAScore(judge=str(tmp_path), probability=name) for name in ("pair", "vocabulary")}
+    judge = {"model": str(tmp_path), "covered": 0.0}  # random weights seldom mean yes or no
+    found = {name: VQAScore(judge=judge, probability=name) for name in ("pair", "vocabulary")}
     pair, whole = (rated(found[name], media, asked).total for name in ("pair", "vocabulary"))
     assert ((whole > 0) & (whole < pair) & (pair < 1)).all()
     decisions = [
         Decision(text=SHOWS.replace("{prompt}", prompt), images=(row,))
         for row, prompt in zip(media, asked, strict=True)
     ]
-    told = LocalJudge(str(tmp_path)).decide(decisions)
+    told = LocalJudge(str(tmp_path), covered=0.0).decide(decisions)
     assert pair.tolist() == pytest.approx([chances[0] for chances in told if chances], rel=1e-4)
     singles = torch.cat([rated(found["pair"], media[k : k + 1], asked[k : k + 1]).total for k in range(3)])
     assert torch.allclose(pair, singles, rtol=1e-4)

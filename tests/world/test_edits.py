@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from diffalign import world
 from diffalign.cases import Case
+from diffalign.errors import ConfigError
 from diffalign.world.edit_sets import EditTriple, picture
 from diffalign.world.edits import CHANGES, KINDS, Edit, EditVerdict, judge_edit, parse_edit, say_edit
 from diffalign.world.grammar import PLACES, SIZES
@@ -222,3 +224,36 @@ def test_a_case_holds_what_the_verifier_needs_and_a_seed() -> None:
 
 def test_every_edit_has_a_rule_for_what_it_may_change() -> None:
     assert set(CHANGES) | {"add", "remove"} == set(KINDS)
+
+
+FOREIGN = [
+    "make the circle blue",
+    ["recolour", "red"],
+    {"colour": "red"},
+    {"task": "style", "colour": "red", "kind": "circle"},
+    {"task": ["recolour"]},
+    {"task": "recolour", "instruction": "make it blue"},
+    {"task": "recolour", "colour": "red", "kind": "circle"},
+    {"task": "recolour", "colour": "red", "kind": "circle", "new_colour": "purple"},
+    {"task": "recolour", "colour": ["red"], "kind": "circle", "new_colour": "blue"},
+    {"task": "remove", "colour": "red", "kind": "circle", "place": "left"},
+    {"task": "move", "colour": "red", "kind": "circle", "place": "centre"},
+    {"task": "resize", "colour": "red", "kind": "circle", "size": 2},
+    {"task": "remove", "colour": "red", "kind": "circle", 3: "left"},
+]
+
+
+@pytest.mark.parametrize("told", FOREIGN)
+def test_an_edit_from_elsewhere_is_refused_and_its_case_is_not_judged(told: Any) -> None:
+    with pytest.raises(ConfigError, match="edit"):
+        Edit.from_dict(told)
+    triple, _ = drawn(1)
+    case = world.edit_case(triple)
+    [found] = world.verify_edits(world.render(triple.result, 64)[None], [replace(case, metadata={"edit": told})])
+    assert not found.applies
+    assert "none of this world" in found.reason
+
+
+def test_names_without_a_value_are_left_out_of_an_edit() -> None:
+    told = {"task": "remove", "colour": "red", "kind": "circle", "place": None, "new_colour": None}
+    assert Edit.from_dict(told) == Edit("remove", colour="red", kind="circle")

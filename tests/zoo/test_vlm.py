@@ -16,7 +16,7 @@ from diffalign.world.edits import judge_edit
 from diffalign.world.facts import facts
 from diffalign.world.grammar import parse as parse_prompt
 from diffalign.world.rendering import render
-from diffalign.zoo import edit_lessons, picture_lessons, rubric_lessons, vlm, vlm_words
+from diffalign.zoo import edit_lessons, picture_lessons, rubric_lessons, vlm, vlm_model, vlm_words
 from diffalign.zoo.curriculum import LONG, SHORT, draw
 from diffalign.zoo.fit import FitConfig
 from diffalign.zoo.lessons import Pupil, soft, strict
@@ -35,10 +35,8 @@ def small() -> vlm.VLMConfig:
         heads=1,
         inner=32,
         seeing=brief,
-        learning=brief,
+        rounds=(vlm.Round(fit=brief, short=2, long=2), vlm.Round(fit=brief, short=1, long=1)),
         seen=2,
-        short=2,
-        long=2,
         shares=(0.5, 0.5),
     )
 
@@ -49,7 +47,7 @@ def words() -> object:
 
 
 def test_a_chat_through_the_processor_is_what_training_spells(words: object) -> None:
-    pictures, speller, rng = vlm.processor(words), vlm.Speller(words), random.Random(0)
+    pictures, speller, rng = vlm_model.processor(words), vlm.Speller(words), random.Random(0)
     for k in range(60):
         lesson = draw(LONG if k % 2 else SHORT, rng)
         images = [worn(render(scene), wear) for scene, wear in lesson.scenes]
