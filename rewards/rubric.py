@@ -211,10 +211,13 @@ class RubricReward(JudgeReward):
     def _folder(self) -> RubricFolder | None:
         return self._book.folder
 
+    def _find_writer(self) -> Backend:
+        return self.writer
+
     @cached_property
     def _book(self) -> RubricWriter:
         folder = RubricFolder(self.folder) if self.folder is not None else None
-        return RubricWriter(lambda: self.writer, folder, most=self.items, words=self.wording)
+        return RubricWriter(self._find_writer, folder, most=self.items, words=self.wording)
 
     def _require_files(self) -> None:
         """Read them now, so that a wrong one is known before a judge is loaded."""

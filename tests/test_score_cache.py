@@ -158,6 +158,14 @@ def test_an_unreadable_file_is_set_aside_and_replaced(cache: ScoreCache, damage:
     assert cache.path.with_name("scores.sqlite.unreadable").read_bytes() == bad[damage]
 
 
+def test_a_file_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"important": 1}' * 100)
+    with pytest.raises(OutputError, match=r"another kind of file .* left alone"):
+        score(Counting(), MEDIA, CASES, cache=ScoreCache(mine))
+    assert mine.read_text() == '{"important": 1}' * 100
+
+
 def test_a_file_of_zero_bytes_is_a_new_cache(tmp_path: Path) -> None:
     (tmp_path / "c").touch()
     assert len(ScoreCache(tmp_path / "c")) == 0

@@ -28,6 +28,7 @@ TO_CONNECT = 10.0  # seconds
 LEAST_SECRET = 8  # characters; a shorter key hides nothing, and may be a word of an honest answer
 _NO_ONE = ("ConnectError", "ConnectTimeout", "UnsupportedProtocol")
 _HERE = ("localhost", "127.0.0.1", "::1")
+_GIVEN_UP = Answer(whole="not asked: the server stopped answering", again=True)
 _alone: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by address, over all judges of this process
 
 
@@ -129,9 +130,9 @@ class Line:
         if self._breaker.open:
             async with running.probe:  # those who come meanwhile wait for what this one finds
                 if self._breaker.resting:
-                    return Answer(whole="not asked: the server stopped answering", again=True)
+                    return _GIVEN_UP
                 if self._breaker.open:
-                    return await self._try(running, send, make)
+                    return await self._try(running, send, make, probing=True)
         for attempt in range(self.retries + 1):
             answer = await self._try(running, send, make)
             if not answer.again or attempt == self.retries or self._breaker.open:
@@ -146,9 +147,13 @@ class Line:
                 break
         return answer
 
-    async def _try(self, running: _Running, send: Callable[[Any, Any], Any], make: Callable[[], Any] | None) -> Answer:
+    async def _try(
+        self, running: _Running, send: Callable[[Any, Any], Any], make: Callable[[], Any] | None, probing: bool = False
+    ) -> Answer:
         """One try in a slot of its own; the body lives no longer than that."""
         async with running.slots:
+            if self._breaker.open and not probing:
+                return _GIVEN_UP
             body = None if make is None else await asyncio.to_thread(make)
             self.requests += make is not None
             answer = await self._once(running, lambda client: send(client, body))

@@ -42,7 +42,7 @@ class Sharing:
     def __init__(self, line: Line, sender: Sender, cache: RequestCache) -> None:
         self.answered = 0  # without a request
         self._line, self._sender, self._cache = line, sender, cache
-        self._keeping = True  # until the cache refuses an answer
+        self._keeping, self._proved = True, False  # until the cache fails, and whether it ever worked
         self._renew()
         renewed_in_forks(self)
 
@@ -52,7 +52,7 @@ class Sharing:
 
     def answers(self, asked: Sequence[Asked | None], *, choosing: bool = False) -> list[Told]:
         """From the cache, else from the server; `choosing` is whether the first answer may decide how to ask."""
-        kept = self._cache.lookup([key for one in asked if one for key in one.keys.values()])
+        kept = self._looked_up([key for one in asked if one for key in one.keys.values()])
         found = [NOT_FINITE if one is None else _known(one, kept) for one in asked]
         rows = [k for k, told in enumerate(found) if told is None]
         missing = [one for k in rows if (one := asked[k]) is not None]
@@ -66,6 +66,20 @@ class Sharing:
             for k, told in zip(rows, came, strict=True):
                 found[k] = told
         return [told or NOBODY for told in found]
+
+    def _looked_up(self, keys: Sequence[str]) -> dict[str, Any]:
+        """What is kept; a cache that never worked is an error, one that fails later knows nothing."""
+        try:
+            found = self._cache.lookup(keys)
+            self._proved = True
+        except OutputError as e:
+            if not self._proved:
+                raise
+            found = {}
+            if self._keeping:
+                self._keeping = False
+                warnings.warn(f"{e} From here on no answer is kept.", stacklevel=4)
+        return found
 
     async def _sent(self, asked: Sequence[Asked], choosing: bool) -> list[Told]:
         found, refused = [NOBODY] * len(asked), list[Refused]()

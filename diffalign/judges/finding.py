@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,9 +52,12 @@ def find_judge(spec: str | Mapping[str, Any] | Backend = EMBEDDED) -> Backend:
 
 
 def _named(spec: str) -> dict[str, Any]:
-    if not spec.strip():
+    spec = spec.strip()
+    if not spec:
         raise ConfigError(f"judge is empty. {KINDS}")
-    if spec.startswith(("http://", "https://")):
+    if re.match(r"[\w.-]+:\d+(/|#|$)", spec):
+        raise ConfigError(f"judge is '{spec}', an address without its scheme. Write http://{spec}.")
+    if spec.lower().startswith(("http://", "https://")):
         url, _, model = spec.partition("#")
         return {"url": url} | ({"model": model} if model else {})
     return {"model": spec}

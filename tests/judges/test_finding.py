@@ -114,3 +114,13 @@ def test_addresses_are_judges_on_a_server() -> None:
     assert find_judge("http://127.0.0.1:9/v1#another") is not one
     with pytest.raises(ConfigError, match="on a server"):
         find_judge({"url": "http://127.0.0.1:9/v1", "pixel": 3})
+
+
+def test_an_address_without_its_scheme_is_told_to_have_one() -> None:
+    for spec in ("127.0.0.1:8000/v1", "localhost:8000#model"):
+        with pytest.raises(ConfigError, match=f"Write http://{spec}"):
+            find_judge(spec)
+
+
+def test_space_around_a_name_does_not_matter() -> None:
+    assert find_judge("  http://127.0.0.1:9/v1#m ") is find_judge("http://127.0.0.1:9/v1#m")

@@ -164,7 +164,7 @@ def test_a_reply_that_does_not_end_has_a_problem_and_one_that_ends_has_none(judg
     assert ended
     assert all("<|" not in reply.text for reply in ended)
     short = judge().reply([Question(text="?", seed=k, temperature=1.0, max_tokens=2) for k in range(60)])
-    assert {reply.problem for reply in short} == {"", "cut off after 2 tokens"}
+    assert {reply.problem for reply in short} == {"the reply is empty", "cut off after 2 tokens"}
     assert ask(judge(), [Question(text="?", max_tokens=1)], lambda text: text)[0][0] is None
 
 

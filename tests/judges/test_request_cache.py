@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from diffalign.errors import OutputError
 from diffalign.judges.request_cache import RequestCache, default_path, key_of
+from diffalign.sqlite_file import MAGIC
 
 WRITES = """
 import sys
@@ -99,3 +102,43 @@ def test_keys_tell_every_difference_and_no_order() -> None:
     ]
     assert len({key_of(one) for one in [asked, *others]}) == 5
     assert key_of({"text": "half a character \ud800"})
+
+
+def test_a_file_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"important": 1}' * 100)
+    with pytest.raises(OutputError, match=r"another kind of file .* left alone"):
+        RequestCache(mine).lookup(["a"])
+    with pytest.raises(OutputError, match="left alone"):
+        RequestCache(mine).store("a", 1)
+    assert mine.read_text() == '{"important": 1}' * 100
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
+
+
+def test_a_damaged_cache_of_any_name_is_set_aside_and_never_over_another(tmp_path: Path) -> None:
+    place = tmp_path / "answers"
+    for damage in (b"first", b"second", b"third"):
+        place.write_bytes(MAGIC + damage * 1000)
+        with pytest.warns(UserWarning, match="unreadable"):
+            assert RequestCache(place).lookup(["a"]) == {}
+    kept = [tmp_path / f"answers.unreadable{end}" for end in ("", "-2", "-3")]
+    assert [path.read_bytes()[16:20] for path in kept] == [b"firs", b"seco", b"thir"]
+
+
+def test_a_cache_that_cannot_be_written_still_answers() -> None:
+    with tempfile.TemporaryDirectory() as held:  # pytest's own folder is closed to other users
+        folder, path = Path(held), Path(held) / "c.sqlite"
+        RequestCache(path).store("a", 1)
+        folder.chmod(0o555)
+        path.chmod(0o444)
+        if os.geteuid() == 0:
+            os.seteuid(65534)  # nothing is read-only to root
+        try:
+            cache = RequestCache(path)
+            assert cache.lookup(["a", "b"]) == {"a": 1}
+            with pytest.raises(OutputError, match="cannot use the request cache"):
+                cache.store("b", 2)
+        finally:
+            if os.getuid() == 0:
+                os.seteuid(0)
+            folder.chmod(0o755)

@@ -66,7 +66,9 @@ def test_both_edit_protocols_read_their_replies_and_agree_with_the_truth(name: s
 
 def test_a_pair_is_judged_the_same_whichever_comes_first() -> None:
     media, cases, _ = pictures(8, 1)
-    there = [Case(prompt=case.prompt, reference=picture(image)) for case, image in zip(cases, media.flip(0), strict=True)]
+    there = [
+        Case(prompt=case.prompt, reference=picture(image)) for case, image in zip(cases, media.flip(0), strict=True)
+    ]
     back = [Case(prompt=case.prompt, reference=picture(image)) for case, image in zip(cases, media, strict=True)]
     one, other = rated("pairwise", media, there), rated("pairwise", media.flip(0), back)
     assert torch.allclose(one.total + other.total, torch.ones(8))
