@@ -178,7 +178,7 @@ def _generated_candidates(config: JudgeBench) -> list[list[Attempt]]:
     from diffalign.world.edit_sets import edit_case, sample_edit, verify_edits
     from diffalign.zoo.shelf import card, load
 
-    pipe = StableDiffusion3Img2ImgPipeline.from_pipe(load("shapes-sd3"))
+    pipe = StableDiffusion3Img2ImgPipeline(**load("shapes-sd3").components)
     pipe.set_progress_bar_config(disable=True)
     call = {k: v for k, v in card("shapes-sd3")["call"].items() if k not in ("height", "width")}
     rng, found = random.Random(f"generated {config.seed}"), []
