@@ -232,12 +232,12 @@ def position_bias(config: JudgeBench) -> dict[str, Any]:
         pairs = zip(said[: len(some)], said[len(some) :], some, strict=True)
         both += [(p[0], q[0], row[3]) for p, q, row in pairs if p and q]
     first_slot = [p > 0.5 for one in both for p in one[:2]]
-    one_order = [(p > 0.5) == good for p, _, good in both]
+    one_order = [right for p, q, good in both for right in ((p > 0.5) == good, (q > 0.5) != good)]
     return {
         "n": len(both),
         "first slot": wilson(sum(first_slot), len(first_slot)).json(),
         "flipped": wilson(sum((p > 0.5) == (q > 0.5) for p, q, _ in both), len(both)).json(),
-        "right, one order": wilson(sum(one_order), len(both)).json(),
+        "right, one order": wilson(sum(one_order), len(one_order)).json(),
         "right, both orders": bootstrap([_fair(*one) for one in both], seed=config.seed).json(),
         "points after the swap": _left_bias(config, asked),
     }
