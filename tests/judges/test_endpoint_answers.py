@@ -169,6 +169,14 @@ def test_a_reply_that_was_cut_off_says_so_and_halves_of_characters_are_replaced(
 
 
 def test_an_interrupted_call_leaves_nothing_running() -> None:
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # test workers ignore it
+    try:
+        _interrupt()
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _interrupt() -> None:
     done = threading.Event()
     with serving(lambda path, body, count: Says(chat("late")) if done.wait(20) else Says()) as heard:
         asked = judge(heard.url, timeout=30.0)

@@ -297,7 +297,7 @@ def test_prompts_beyond_35_tokens_are_counted_and_named(folder: Path) -> None:
         score(fresh, media_of(1), cases_of(["a " * 33]))  # with both end marks exactly 35
     assert fresh.truncated == 1
     long = total(fresh, media_of(2)[[0, 0]], ["a " * 33 + "b", "a " * 33 + "c"])
-    assert torch.equal(long[0], long[1])
+    assert torch.allclose(long[0], long[1])  # rows of one batch may differ in the last bit
 
 
 def test_hostile_prompts_are_plain_text_and_leave_their_neighbours_alone(reward: Any) -> None:
