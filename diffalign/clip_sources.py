@@ -53,13 +53,7 @@ def settings(file: Path) -> dict[str, Any]:
     """A settings file of a model; without one, nothing is set."""
     if not file.is_file():
         return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as e:
-        raise ModelError(f"cannot read the settings '{file}': {e}. Fetch them again.") from e
-    if not isinstance(found, dict):
-        raise ModelError(f"the settings '{file}' are a {type(found).__name__}, not a mapping. Fetch them again.")
-    return found
+    return weights.read_settings(file)
 
 
 def preprocess_of(model: Any) -> Preprocess:

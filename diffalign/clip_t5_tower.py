@@ -13,7 +13,6 @@ Where we differ:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +95,7 @@ class ClipT5Tower:
         """The loaded model; every name of the checkpoint has its place."""
         from transformers import T5Config
 
-        settings = _told(self.folder / "config.json")
+        settings = weights.read_settings(self.folder / "config.json")
         with torch.inference_mode(False):
             state: dict[str, Tensor] = {}
             for file in self.files:
@@ -268,7 +267,9 @@ def _states(folder: Path, option: str) -> list[Path]:
             return [folder / name]
         if index.is_file():
             try:
-                return sorted({folder / Path(shard).name for shard in _told(index)["weight_map"].values()})
+                return sorted(
+                    {folder / Path(shard).name for shard in weights.read_settings(index)["weight_map"].values()}
+                )
             except (KeyError, AttributeError, TypeError) as e:
                 raise ModelError(f"'{index}' does not say which shard holds what. Fetch it again.") from e
     raise ConfigError(
@@ -287,13 +288,3 @@ def _download(repo: str, revision: str | None, states: Sequence[str], option: st
         if any(folder.glob(f"{stem}*.{suffix}*")):
             break
     return folder
-
-
-def _told(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise ModelError(f"cannot read the settings '{file}': {e}. Fetch them again.") from e
-    if not isinstance(found, dict):
-        raise ModelError(f"the settings '{file}' are a {type(found).__name__}, not a mapping. Fetch them again.")
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -56,7 +55,7 @@ class QwenTower:
             instead = f"Give `model` the path of {self.file}, or a folder with it or with shards and their index."
             return [weights.find(self.model, self.file, self.revision, instead=instead)]
         try:
-            return sorted({here / Path(name).name for name in _told(indices[0])["weight_map"].values()})
+            return sorted({here / Path(name).name for name in weights.read_settings(indices[0])["weight_map"].values()})
         except (KeyError, AttributeError, TypeError) as e:
             raise ModelError(f"'{indices[0]}' does not say which shard holds what. Fetch it again.") from e
 
@@ -68,7 +67,7 @@ class QwenTower:
             instead = f"Give `base` a folder with config.json and the tokenizer of {BASE}."
             weights.require_hub_id(self.base, instead)
             here = weights.fetch_folder(self.base, SETTINGS, instead=instead)
-        kind = _told(here / "config.json").get("model_type")
+        kind = weights.read_settings(here / "config.json").get("model_type")
         if kind != "qwen2_vl":
             raise ConfigError(f"'{here}' has the settings of '{kind}', not of a 'qwen2_vl'. Use `base`: {BASE}.")
         return here
@@ -91,7 +90,7 @@ class QwenTower:
             state: dict[str, Tensor] = {}
             for file in self.files:
                 state |= weights.renamed(weights.read(file, "model"), ours)
-            config = Qwen2VLConfig.from_dict(_told(self.folder / "config.json"))
+            config = Qwen2VLConfig.from_dict(weights.read_settings(self.folder / "config.json"))
             if WORDS in state:  # the published model has as many as the tokenizer, fewer than the base
                 config.text_config.vocab_size = len(state[WORDS])
             made = Rater(config)
@@ -202,13 +201,3 @@ def patchified(seen: Tensor, patch: int, merge: int, frames: int) -> Tensor:
     split = seen.reshape(*seen.shape[:2], rows, merge, patch, columns, merge, patch)
     turned = split.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (B, rows, columns, merge, merge, C, patch, patch)
     return turned.unsqueeze(-3).expand(*turned.shape[:-2], frames, patch, patch).flatten(5).flatten(0, 4)
-
-
-def _told(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise ModelError(f"cannot read the settings '{file}': {e}. Fetch them again.") from e
-    if not isinstance(found, dict):
-        raise ModelError(f"the settings '{file}' are a {type(found).__name__}, not a mapping. Fetch them again.")
-    return found

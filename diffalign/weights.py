@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import pickle
 import uuid
@@ -209,3 +210,14 @@ def _keep(tensors: Mapping[str, Tensor], place: Path) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """A settings file of a model, such as config.json."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelError(f"cannot read the settings '{file}': {e}. Fetch them again.") from e
+    if not isinstance(found, dict):
+        raise ModelError(f"the settings '{file}' are a {type(found).__name__}, not a mapping. Fetch them again.")
+    return found

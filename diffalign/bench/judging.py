@@ -28,6 +28,7 @@ from diffalign.zoo.vlm_measure import (
     correlation,
     measure_answers,
     measure_generated,
+    rate,
     spearman,
 )
 from diffalign.zoo.wear import worn
@@ -76,15 +77,6 @@ def measure(config: JudgeBench | None = None, *, on_step: Callable[[str], None] 
     found["pairs"] = position_bias(config)
     found["protocols"] = protocols(config, on_step)
     return found
-
-
-def rate(reward: Any, tried: Sequence[Attempt], chunk: int = 16) -> list[float]:
-    """Totals, NaN where a row is invalid."""
-    totals: list[float] = []
-    for some in (tried[k : k + chunk] for k in range(0, len(tried), chunk)):
-        media = torch.stack([one.media for one in some])
-        totals += score(reward, media, [one.case for one in some], all_invalid=True).total.tolist()
-    return totals
 
 
 def edits(config: JudgeBench, on_step: Callable[[str], None]) -> dict[str, Any]:
@@ -167,7 +159,7 @@ def _made_candidates(config: JudgeBench) -> list[list[Attempt]]:
         triple = sample_edit(rng)
         case = edit_case(triple, seed=k)
         outcomes = rng.choices(list(MIX), list(MIX.values()), k=config.candidates)
-        found.append([attempt_of(triple, case, outcome, rng, 0.0) for outcome in outcomes])
+        found.append([attempt_of(triple, case, outcome, rng) for outcome in outcomes])
     return found
 
 
@@ -195,7 +187,7 @@ def _generated_candidates(config: JudgeBench) -> list[list[Attempt]]:
             **call,
         ).images.float()
         truths = verify_edits(media, [case] * config.candidates)
-        found.append([Attempt(m, case, v.quality, "generated", 1.0) for m, v in zip(media, truths, strict=True)])
+        found.append([Attempt(m, case, v.quality, "generated") for m, v in zip(media, truths, strict=True)])
     return found
 
 
@@ -275,7 +267,7 @@ def protocols(config: JudgeBench, on_step: Callable[[str], None]) -> dict[str, A
     for k in range(config.pictures):
         clauses, scene = pupil.asked()
         image = worn(render(scene), pupil.wear())
-        tried.append(Attempt(image, Case(prompt=say(clauses), seed=k), soft(clauses, scene), "", 1.0))
+        tried.append(Attempt(image, Case(prompt=say(clauses), seed=k), soft(clauses, scene)))
     truth, found = [one.quality for one in tried], dict[str, Any]()
     for name in PROTOCOLS:
         on_step(f"protocol {name}")

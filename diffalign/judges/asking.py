@@ -118,10 +118,8 @@ class ImageJudge(Protocol):
 
 
 @runtime_checkable
-class EditJudge(Protocol):
+class EditJudge(ImageJudge, Protocol):
     """Judges edited pictures (B, 3, H, W); every case has the source."""
-
-    def judge(self, media: Tensor, cases: Sequence[Any]) -> list[Judgement]: ...
 
 
 Reader = Callable[[str], Read | None]

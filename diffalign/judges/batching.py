@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from diffalign.errors import ConfigError
-from diffalign.judges.asking import Question
 
 Found = TypeVar("Found")
 
@@ -32,18 +30,12 @@ def answers(
         yield from zip(some, found, strict=True)
 
 
-def require_sound(question: Question, name: str, most_images: int) -> None:
-    """Refuse a question that the judge `name` could never answer."""
-    if len(question.images) > most_images:
+def require_few(images: Sequence[Any], name: str, most: int) -> None:
+    """Refuse more pictures than the judge `name` takes in one question."""
+    if len(images) > most:
         raise ConfigError(
-            f"a question has {len(question.images)} pictures, and the judge '{name}' takes {most_images}. Ask about "
-            "fewer at once, or raise `most_images`."
-        )
-    sound = 0 <= question.temperature < math.inf and 0 < question.top_p <= 1 and question.top_k >= 0
-    if not sound or question.max_tokens < 1:
-        raise ConfigError(
-            f"a question has temperature {question.temperature}, top_p {question.top_p}, top_k {question.top_k} "
-            f"and max_tokens {question.max_tokens}, but they start at 0, above 0 (up to 1), at 0 and at 1."
+            f"a question has {len(images)} pictures, and the judge '{name}' takes {most}. Ask about fewer at once, or "
+            "raise `most_images`."
         )
 
 

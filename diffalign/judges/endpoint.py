@@ -19,6 +19,7 @@ from torch import Tensor
 from diffalign.errors import ConfigError, OutputError
 from diffalign.judges import endpoint_forms as forms
 from diffalign.judges.asking import Decision, Question, Reply
+from diffalign.judges.batching import require_few
 from diffalign.judges.endpoint_line import Line
 from diffalign.judges.endpoint_sending import Sender
 from diffalign.judges.endpoint_settings import KEYS, WAYS, check_settings, find_address
@@ -166,11 +167,7 @@ class EndpointJudge(Shared):
         known: dict[int, forms.Picture] = {}
         found: list[list[forms.Picture] | None] = []
         for one in asked:
-            if len(one.images) > self.most_images:
-                raise ConfigError(
-                    f"a question has {len(one.images)} pictures, and the judge '{self.name}' takes "
-                    f"{self.most_images}. Ask about fewer at once, or raise `most_images`."
-                )
+            require_few(one.images, self.name, self.most_images)
             sound = all(bool(image.isfinite().all()) for image in one.images)
             for image in one.images if sound else ():
                 if id(image) not in known:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffalign.errors import ConfigError
 from diffalign.judges.asking import Decision, Question, Reply
-from diffalign.judges.batching import Refused, answers, require_sound
+from diffalign.judges.batching import Refused, answers, require_few
 from diffalign.judges.endpoint_forms import COVERED
 from diffalign.judges.forking import Shared, renewed_in_forks
 from diffalign.judges.opening import find_folder, open_model, open_processor, version_of
@@ -132,7 +132,7 @@ class LocalJudge(Shared):
     ) -> list[Found]:
         """The answers in order, found for up to `batch` alike rows at once; `otherwise` has the problem of a row."""
         for question in questions:
-            require_sound(question, self.name, self.most_images)
+            require_few(question.images, self.name, self.most_images)
         found = [otherwise(NOT_FINITE)] * len(questions)
         sound = [k for k, q in enumerate(questions) if all(bool(image.isfinite().all()) for image in q.images)]
         with self._lock, torch.inference_mode():

@@ -76,9 +76,7 @@ class JudgeReward:
     def judge_options(self) -> dict[str, Any]:
         """What `options` of every judge reward holds beside its own."""
         spec = self._spec
-        if isinstance(spec, Mapping):
-            return {"judge": {name: value for name, value in spec.items() if name != "key"}}  # a secret is no setting
-        return {"judge": spec if isinstance(spec, str) else type(spec).__qualname__}
+        return {"judge": without_secrets(spec) if isinstance(spec, str | Mapping) else type(spec).__qualname__}
 
     @cached_property
     def backend(self) -> Backend:

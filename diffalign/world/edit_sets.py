@@ -14,7 +14,7 @@ from diffalign.cases import Case
 from diffalign.errors import ConfigError
 from diffalign.world.compose import GAP, MARGIN, SIZE_RADII, room, sample_clauses, sample_scene
 from diffalign.world.edits import KINDS, Edit, EditVerdict, applied, judge_edit, parse_edit, say_edit
-from diffalign.world.grammar import MOST, PLACES, SIZES
+from diffalign.world.grammar import MOST, PLACES, SIZES, caption
 from diffalign.world.rendering import render
 from diffalign.world.scenes import CANVAS, COLOURS, GROUNDS, SHAPES, Scene, Shape, apart, place_of
 from diffalign.world.see import see
@@ -131,15 +131,8 @@ def attempt(triple: EditTriple, outcome: str, rng: random.Random) -> Scene:
 
 def edit_case(triple: EditTriple, seed: int = 0, size: int = 64) -> Case:
     """The instruction and the picture to edit, with the edit and the exact source in the metadata."""
-    kept = {"edit": triple.edit.as_dict(), "caption": caption_of(triple.result)}
+    kept = {"edit": triple.edit.as_dict(), "caption": caption(triple.result)}
     return Case(prompt=triple.instruction, seed=seed, source=picture(render(triple.source, size)), metadata=kept)
-
-
-def caption_of(scene: Scene) -> str:
-    """A prompt for the whole scene."""
-    from diffalign.world.grammar import caption
-
-    return caption(scene)
 
 
 def picture(image: Tensor) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,17 @@ def drawn(split: str, *, seed: int, n: int) -> list[Case]:
     pool = prompts(split)
     random.Random(seed).shuffle(pool)
     return [replace(pool[i % len(pool)], seed=seed * 1_000_003 + i) for i in range(n)]
+
+
+def judged(*, seed: int, n: int, per_prompt: int) -> Iterator[tuple[Tensor, list[Case], Tensor]]:
+    """About `n` images of shapes-sd3 for held-out prompts, prompt by prompt: pixels, cases, and which are right."""
+    from diffalign.zoo.shelf import load
+
+    pipe, call = load("shapes-sd3"), card("shapes-sd3")["call"]
+    for case in drawn("heldout", seed=seed, n=max(n // per_prompt, 1)):
+        cases = [case.with_seed(case.seed + 7919 * k) for k in range(per_prompt)]
+        media = generate(pipe, cases, call)
+        yield media, cases, torch.tensor([verdict.strict for verdict in verify(media, cases)])
 
 
 def generate(pipe: Any, cases: Sequence[Case], call: Mapping[str, Any]) -> Tensor:

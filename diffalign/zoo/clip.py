@@ -25,10 +25,10 @@ from diffalign.world.compose import OPPOSITE
 from diffalign.world.grammar import PLACES, SIZES, Clauses, parse, say
 from diffalign.world.rendering import render_many
 from diffalign.world.scenes import COLOURS, SHAPES
-from diffalign.zoo.accuracy import drawn, generate
+from diffalign.zoo.accuracy import judged
 from diffalign.zoo.fit import FitConfig, fit
 from diffalign.zoo.sd3 import TRAITS, captioned, tokenise
-from diffalign.zoo.shelf import card, load, load_from
+from diffalign.zoo.shelf import load_from
 from diffalign.zoo.words import LENGTH, tokenizer
 
 
@@ -177,15 +177,9 @@ def measured(target: Path, *, seed: int, n: int) -> dict[str, Any]:
 
 def measure_judge(target: Path, *, seed: int, n: int, per_prompt: int = 8) -> dict[str, Any]:
     """AUC against the verifier within prompts, on `n` images that shapes-sd3 makes; bootstrap 95 % interval."""
-    from diffalign.world.verifier import verify
-
     model, _, tokens = load_from(target)
-    pipe, call = load("shapes-sd3"), card("shapes-sd3")["call"]
     aucs, images = [], 0
-    for case in drawn("heldout", seed=seed, n=max(n // per_prompt, 1)):
-        cases = [case.with_seed(case.seed + 7919 * k) for k in range(per_prompt)]
-        media = generate(pipe, cases, call)
-        truth = torch.tensor([v.strict for v in verify(media, cases)])
+    for media, cases, truth in judged(seed=seed, n=n, per_prompt=per_prompt):
         images += per_prompt
         if truth.any() and not truth.all():
             aucs.append(auc(similarity(model, tokens, media, cases), truth))

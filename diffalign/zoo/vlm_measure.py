@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.cases import Case, batched
+from diffalign.cases import Case
 from diffalign.intervals import Interval, bootstrap, wilson
 from diffalign.judges.asking import Decision
 from diffalign.judges.parse import read_scores
@@ -25,9 +25,8 @@ from diffalign.world.edits import judge_edit
 from diffalign.world.facts import facts
 from diffalign.world.grammar import say
 from diffalign.world.rendering import render
-from diffalign.world.scenes import Scene
 from diffalign.zoo.lessons import SCALE, Pupil, strict
-from diffalign.zoo.wear import Wear, some_wear, worn
+from diffalign.zoo.wear import some_wear, worn
 
 
 @dataclass(frozen=True)
@@ -76,32 +75,37 @@ def measure_answers(target: Path, *, seed: int, n: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An edited picture, its case, and how good the edit is; `looks` is how well the picture came out of its wear."""
+    """A picture, its case, and how good it is for it; `outcome` is what was made of an edit."""
 
     media: Tensor
     case: Case
     quality: float
-    outcome: str
-    looks: float
+    outcome: str = ""
 
 
-def attempts(n: int, seed: int, *, per_edit: int = 1, strong: float = 0.0) -> list[Attempt]:
-    """Edits with outcomes of every kind in turn, `per_edit` outcomes for each."""
+def attempts(n: int, seed: int) -> list[Attempt]:
+    """Edits with outcomes of every kind in turn."""
     rng, found = random.Random(f"edits {seed}"), list[Attempt]()
-    while len(found) < n:
+    for k in range(n):
         triple = sample_edit(rng)
-        case = edit_case(triple, seed=len(found))
-        for _ in range(per_edit):
-            found.append(attempt_of(triple, case, OUTCOMES[len(found) % len(OUTCOMES)], rng, strong))
-    return found[:n]
+        found.append(attempt_of(triple, edit_case(triple, seed=k), OUTCOMES[k % len(OUTCOMES)], rng))
+    return found
 
 
-def attempt_of(triple: EditTriple, case: Case, outcome: str, rng: random.Random, strong: float) -> Attempt:
-    scene: Scene = attempt(triple, outcome, rng)
-    wear: Wear = some_wear(rng, strong)
-    verdict = judge_edit(triple.source, scene, triple.edit)
-    looks = (wear.naturalness * wear.cleanness) ** 0.5
-    return Attempt(worn(render(scene), wear), case, verdict.quality, outcome, looks)
+def attempt_of(triple: EditTriple, case: Case, outcome: str, rng: random.Random) -> Attempt:
+    """A mildly worn picture of an edit that came out so."""
+    scene = attempt(triple, outcome, rng)
+    quality = judge_edit(triple.source, scene, triple.edit).quality
+    return Attempt(worn(render(scene), some_wear(rng, strong=0.0)), case, quality, outcome)
+
+
+def rate(reward: Any, tried: Sequence[Attempt]) -> list[float]:
+    """Totals, NaN where a row is invalid."""
+    from diffalign.scoring import score
+
+    media = torch.stack([one.media for one in tried])
+    totals: list[float] = score(reward, media, [one.case for one in tried], chunk=16, all_invalid=True).total.tolist()
+    return totals
 
 
 def spearman(a: Any, b: Any) -> float:
@@ -142,39 +146,29 @@ class Heard:
 def measure_edits(judge: Any, *, seed: int, n: int, passes: int = 1) -> dict[str, Any]:
     """`editscore` by this judge against the exact quality: rank correlation, and the share of replies that parse."""
     from diffalign.judges.finding import find_judge
-    from diffalign.scoring import make_reward, score
+    from diffalign.scoring import make_reward
 
     heard = Heard(find_judge(judge))
     reward = make_reward({"editscore": {"judge": heard, "passes": passes}})
     tried = attempts(n, seed)
-    totals: list[float] = []
-    for some in (tried[k : k + 16] for k in range(0, len(tried), 16)):
-        media = torch.stack([one.media for one in some])
-        totals += score(reward, media, [one.case for one in some], all_invalid=True).total.tolist()
-    sound = [(total, one.quality) for total, one in zip(totals, tried, strict=True) if total == total]
+    rated = zip(rate(reward, tried), tried, strict=True)
+    sound = [(total, one.quality) for total, one in rated if math.isfinite(total)]
     found: dict[str, Any] = {"n": n, "passes": passes, "valid": wilson(len(sound), len(tried)).json()}
     found["parsed"] = wilson(sum(heard.sound), len(heard.sound)).json() | {"replies": len(heard.sound)}
     if len(sound) > 2:
-        rated, truth = [row[0] for row in sound], [row[1] for row in sound]
-        found["spearman"] = correlation(rated, truth, seed=seed).json()
+        found["spearman"] = correlation(*zip(*sound, strict=True), seed=seed).json()
     return found
 
 
 def measure_generated(judge: Any, *, seed: int, n: int, per_prompt: int = 8) -> dict[str, Any]:
     """`vqascore` on pictures of shapes-sd3: balanced accuracy at one half, and AUC within prompts."""
     from diffalign.scoring import make_reward, score
-    from diffalign.world.verifier import verify
-    from diffalign.zoo.accuracy import drawn, generate
+    from diffalign.zoo.accuracy import judged
     from diffalign.zoo.clip import auc
-    from diffalign.zoo.shelf import card, load
 
     reward = make_reward({"vqascore": {"judge": judge}})
-    pipe, call = load("shapes-sd3"), card("shapes-sd3")["call"]
     rated, truth, aucs = list[float](), list[bool](), list[float]()
-    for case in drawn("heldout", seed=seed, n=max(n // per_prompt, 1)):
-        cases = [case.with_seed(case.seed + 7919 * k) for k in range(per_prompt)]
-        media = torch.cat([generate(pipe, some, call) for some in batched(cases, per_prompt)])
-        right = torch.tensor([verdict.strict for verdict in verify(media, cases)])
+    for media, cases, right in judged(seed=seed, n=n, per_prompt=per_prompt):
         found = score(reward, media, cases).total
         rated, truth = rated + found.tolist(), truth + right.tolist()
         if right.any() and not right.all():

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from diffalign.judges.endpoint import EndpointJudge
+
 
 @dataclass
 class Says:
@@ -110,3 +112,12 @@ def likely(**logprobs: Any) -> dict[str, Any]:
     """Log-probabilities of a first token in the form of vLLM."""
     top = [{"token": token.replace("_", " "), "logprob": p, "bytes": None} for token, p in logprobs.items()]
     return {"content": [{**top[0], "top_logprobs": top}]}
+
+
+def always(says: Says) -> Script:
+    return lambda path, body, count: says
+
+
+def judge(url: str, **settings: Any) -> EndpointJudge:
+    """One that asks the script, keeps nothing and tries twice."""
+    return EndpointJudge(url, **{"cache": False, "retries": 1, "timeout": 5.0, **settings})

@@ -17,8 +17,7 @@ import torch
 from diffalign.errors import ConfigError, MissingExtra
 from diffalign.judges import endpoint_line
 from diffalign.judges.asking import Decision, Question
-from diffalign.judges.endpoint import EndpointJudge
-from tests.judges.scripted import Says, Script, chat, serving
+from tests.judges.scripted import Says, always, chat, judge, serving
 
 PICTURE = torch.linspace(0, 1, 3 * 8 * 8).reshape(3, 8, 8)
 ASKED = Question(text="What is this?", images=(PICTURE,), max_tokens=8)
@@ -68,14 +67,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def judge(url: str, **settings: Any) -> EndpointJudge:
-    return EndpointJudge(url, **{"cache": False, "retries": 1, "timeout": 5.0, **settings})
-
-
-def always(says: Says) -> Script:
-    return lambda path, body, count: says
 
 
 @pytest.mark.parametrize("name", GARBAGE)
@@ -168,15 +159,15 @@ def test_a_reply_that_was_cut_off_says_so_and_halves_of_characters_are_replaced(
         assert (reply.text, reply.problem) == ("a ?", "cut off after 8 tokens")
 
 
-def test_an_interrupted_call_leaves_nothing_running() -> None:
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # test workers ignore it
-    try:
-        _interrupt()
-    finally:
-        signal.signal(signal.SIGINT, usual)
+    yield
+    signal.signal(signal.SIGINT, usual)
 
 
-def _interrupt() -> None:
+@pytest.mark.usefixtures("_interruptible")
+def test_an_interrupted_call_leaves_nothing_running() -> None:
     done = threading.Event()
     with serving(lambda path, body, count: Says(chat("late")) if done.wait(20) else Says()) as heard:
         asked = judge(heard.url, timeout=30.0)

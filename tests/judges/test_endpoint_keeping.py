@@ -20,10 +20,9 @@ import torch
 
 from diffalign.errors import ConfigError, OutputError
 from diffalign.judges.asking import Decision, Question
-from diffalign.judges.endpoint import EndpointJudge
 from diffalign.judges.request_cache import RequestCache
 from diffalign.scoring import make_reward
-from tests.judges.scripted import Says, Script, chat, likely, serving
+from tests.judges.scripted import Says, always, chat, judge, likely, serving
 
 SECRET = "sk-very-secret-1234567890"
 RED = Decision(text="Is it red?")
@@ -36,14 +35,6 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def judge(url: str, **settings: Any) -> EndpointJudge:
-    return EndpointJudge(url, **{"cache": False, "retries": 1, "timeout": 5.0, **settings})
-
-
-def always(says: Says) -> Script:
-    return lambda path, body, count: says
 
 
 def several(count: int, **more: Any) -> list[Question]:

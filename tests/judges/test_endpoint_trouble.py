@@ -14,9 +14,8 @@ import pytest
 from diffalign.errors import ConfigError
 from diffalign.judges import endpoint_breaker, endpoint_forms, endpoint_line
 from diffalign.judges.asking import Decision, Question, Reply, ask
-from diffalign.judges.endpoint import EndpointJudge
 from diffalign.judges.endpoint_breaker import Breaker
-from tests.judges.scripted import Says, Script, chat, likely, serving
+from tests.judges.scripted import Says, always, chat, judge, likely, serving
 
 SECRET = "sk-very-secret-1234567890"
 RED = Decision(text="Is it red?")
@@ -31,14 +30,6 @@ def _swift(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def judge(url: str, **settings: Any) -> EndpointJudge:
-    return EndpointJudge(url, **{"cache": False, "retries": 1, "timeout": 5.0, **settings})
-
-
-def always(says: Says) -> Script:
-    return lambda path, body, count: says
 
 
 def text_of(body: Any) -> str:
