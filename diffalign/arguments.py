@@ -15,6 +15,7 @@ from diffalign.cases import Case, row_seed
 from diffalign.errors import ConfigError, SeamError
 
 OURS = ("latents", "output_type", "return_dict", "generator")  # what the seam sets itself
+CASE_GIVEN = ("prompt", "image", "control_image")  # what `from_cases` fills in
 COUNTED = ("prompt", "prompt_embeds", "image", "image_embeds", "image_embeddings", "class_labels")  # one entry per case
 # Argument names that hold one entry per case; a system prompt is one text for all.
 PER_CASE = re.compile(r"(?<!system_)prompt|image|embeds|mask|video|labels")

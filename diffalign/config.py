@@ -85,7 +85,7 @@ def settings(cls: type[T], given: T | Mapping[str, Any] | None, where: str) -> T
 
 def dump(config: Any) -> str:
     """YAML text that `build` turns back into an equal object."""
-    return say(_plain(config))
+    return say(plain(config))
 
 
 def say(content: Any) -> str:
@@ -197,13 +197,14 @@ def _apply(content: dict[str, Any], override: str) -> None:
     content[keys[-1]] = parse(text, f"the override '{override}'")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A config as mappings, lists and scalars, as YAML has them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, Mapping):
-        return {_plain(k): _plain(v) for k, v in value.items()}
+        return {plain(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
 

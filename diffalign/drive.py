@@ -10,8 +10,8 @@ for as long as the driver lives. After every call, also one that raised, the pip
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,11 +126,15 @@ class Driver(Loop):
         keep_predictions: bool = False,
         callback: Any = None,
         quiet: bool = False,
+        tracked: Container[int] = (),
+        dtype: torch.dtype | None = None,
     ) -> Trajectory:
         """One stock call from level `start` to media; `kernel` draws our transitions, None keeps the stock steps.
 
         `noise(i, like)` gives the standard normals of step i; by default each case draws its own. With `stop` the
-        walk ends at that level and its media are what the pipeline decodes there.
+        walk ends at that level and its media are what the pipeline decodes there. At `tracked` steps the model runs as
+        a replay with gradients would, so that this gives the same bits; nothing is kept for a backward pass. `dtype`
+        is that of the latents our transitions give, by default the pipeline's.
         """
         if x is None and start > 0:
             raise SeamError("a rollout from the middle of the chain needs the latents to start from: pass x=.")
@@ -141,20 +145,24 @@ class Driver(Loop):
 
         def answer(i: int, prediction: Tensor, sample: Tensor) -> Tensor | None:
             walk.latents.append(sample)
+            if tracked:
+                prediction = prediction.detach()
+                torch.set_grad_enabled(i + 1 in tracked)
             self._charge_backward(prediction)
             if keep_predictions:
                 walk.predictions.append(prediction)
             if kernel is None or levels is None:
                 return None
             step = kernel(levels, sample, prediction, i)
-            following = step.sample(draw(i, sample) if step.std else None, dtype=sample.dtype)
+            following = step.sample(draw(i, sample) if step.std else None, dtype=dtype or sample.dtype)
             log_probs.append(step.log_prob(following, convention))
             walk.moves.append(following)
             return following
 
         visit = range(start, start + len(walk.timesteps))
         shown = {"output_type": output_type, "callback": callback, "quiet": quiet}
-        walk.media, last = self._loop(x, visit, answer, grad=grad, native=kernel is None, **shown)
+        with torch.set_grad_enabled(start in tracked) if tracked else nullcontext():
+            walk.media, last = self._loop(x, visit, answer, grad=grad or bool(tracked), native=kernel is None, **shown)
         walk.latents.append(last)
         walk.log_probs = torch.stack(log_probs) if log_probs else None
         self._charge_decode(output_type)
@@ -218,6 +226,14 @@ class Driver(Loop):
                 del self._narrowed[next(iter(self._narrowed))]
             self._narrowed[key] = self._twin(arguments.take(self.call, key, self.batch), key)
         return self._narrowed[key]
+
+    def asked(self, cases: Sequence[Case]) -> Driver:
+        """A driver for other cases of the same stock arguments; shares memory, budget and what is known of the pipe."""
+        given = {k: v for k, v in self.call.items() if k not in arguments.CASE_GIVEN}
+        twin = Driver(self.pipe, cases, budget=self.budget, memory=self.memory, **given)
+        twin.learn_from(self)
+        twin.__dict__["levels"] = self.levels
+        return twin
 
     def reseeded(self, seeds: Sequence[int]) -> Driver:
         """The driver for the same cases with other seeds; shares memory and budget with this one."""

@@ -235,21 +235,39 @@ def flow_sde(a: float = 0.7) -> Kernel:
     if not a >= 0:
         raise ConfigError(f"flow_sde noise level a is {a}, but it cannot be negative.")
 
-    def step(levels: Levels, x: Tensor, prediction: Tensor, i: int) -> Transition:
-        if levels.prediction != "flow":
-            raise SeamError(
-                f"flow_sde needs a flow model, and this one predicts {levels.prediction}. Use ddim(eta=1) instead."
-            )
-        s, h = levels.at(i)[1], levels.at(i)[1] - levels.at(i + 1)[1]
-        below = s if s < 1 else levels.at(i + 1)[1]
-        if below >= 1 or s == 0:
-            raise SeamError("flow_sde needs a second noise level below 1. Use at least 2 steps.")
-        g = a * math.sqrt(s / (1 - below))
-        x, v = x.float(), prediction.float()
-        mean = x * (1 - g * g * h / (2 * s)) - h * v * (1 + g * g * (1 - s) / (2 * s))
-        return Transition(mean, g * math.sqrt(h))
+    return lambda levels, x, prediction, i: _euler_maruyama(levels, x, prediction, i, flow_diffusion(levels, i, a))
 
-    return step
+
+def diffused(g: Sequence[float]) -> Kernel:
+    """Euler-Maruyama step of the reverse SDE with one diffusion coefficient per step, as DenseGRPO calibrates them."""
+    if not all(each >= 0 for each in g):
+        raise ConfigError(f"a diffusion coefficient is {min(g)}, but it cannot be negative.")
+    return lambda levels, x, prediction, i: _euler_maruyama(levels, x, prediction, i, g[i])
+
+
+def flow_diffusion(levels: Levels, i: int, a: float) -> float:
+    """g of `flow_sde` at step i: a sqrt(s / (1 - s)), with the second level in the denominator at s = 1."""
+    s = levels.at(i)[1]
+    below = s if s < 1 else levels.at(i + 1)[1]
+    if below >= 1 or s == 0:
+        raise SeamError("flow_sde needs a second noise level below 1. Use at least 2 steps.")
+    return a * math.sqrt(s / (1 - below))
+
+
+def _euler_maruyama(levels: Levels, x: Tensor, prediction: Tensor, i: int, g: float) -> Transition:
+    if levels.prediction != "flow":
+        raise SeamError(
+            f"flow_sde needs a flow model, and this one predicts {levels.prediction}. Use ddim(eta=1) instead."
+        )
+    s, h = levels.at(i)[1], levels.at(i)[1] - levels.at(i + 1)[1]
+    x, v = x.float(), prediction.float()
+    mean = x * (1 - g * g * h / (2 * s)) - h * v * (1 + g * g * (1 - s) / (2 * s))
+    return Transition(mean, g * math.sqrt(h))
+
+
+def stepwise(kernels: Sequence[Kernel]) -> Kernel:
+    """A kernel of its own for every step."""
+    return lambda levels, x, prediction, i: kernels[i](levels, x, prediction, i)
 
 
 KERNELS: dict[str, Callable[..., Kernel]] = {"ddim": ddim, "cps": cps, "flow_sde": flow_sde}

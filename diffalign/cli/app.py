@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from diffalign.cli import bench, check, demo, gallery, generate, ls, rubric, score, zoo
+from diffalign.cli import bench, check, demo, gallery, generate, ls, rubric, score, train, zoo
 from diffalign.cli.verb import Verb, add
 from diffalign.errors import DiffalignError
 
@@ -24,6 +24,7 @@ _TOP: tuple[type[Verb], ...] = (
     demo.Demo,
     generate.Generate,
     score.ScoreImages,
+    train.Train,
     gallery.Gallery,
     ls.List,
     check.Check,

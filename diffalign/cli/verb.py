@@ -33,8 +33,14 @@ class Verb:
     """What every verb has."""
 
     NAME: ClassVar[str]  # what people type
+    CONFIG_FIRST: ClassVar[bool] = False  # whether the first plain word is a config file, or a shipped one by name
     seed: Annotated[int, Opt("Seed of everything drawn here.")] = 0
     out: Annotated[str | None, Opt("Folder for what is written.")] = None
+
+    @classmethod
+    def whole(cls) -> type[Verb]:
+        """The dataclass that settings fill: this one, or one with fields that are too heavy for --help."""
+        return cls
 
     def run(self) -> Any:
         """Do the work, print it for people, and give back what --json writes."""
@@ -87,7 +93,9 @@ def _command(verb: type[Verb]) -> Any:
     about = " ".join(f"{f.name.upper()}: {opt.help}" for f, opt in placed)
     about = f"{about} Then settings by name, such as seed=1.".strip()
     many = {f.name for f, hint, opt in options if opt.positional and get_origin(hint) is tuple}
-    metavar = " ".join([*(f"[{f.name.upper()}]{'...' if f.name in many else ''}" for f, _ in placed), "[KEY=VALUE]..."])
+    first = ["[CONFIG]"] if verb.CONFIG_FIRST else []
+    shown = [f"[{f.name.upper()}]{'...' if f.name in many else ''}" for f, _ in placed]
+    metavar = " ".join([*first, *shown, "[KEY=VALUE]..."])
     words = Annotated[list[str] | None, typer.Argument(metavar=metavar, help=about)]
     parameters = [*named, *(_shared(*row) for row in _SHARED)]
     parameters.append(inspect.Parameter("words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=words))
@@ -177,6 +185,8 @@ def _settings(verb: type[Verb], asked: dict[str, Any], words: list[str], file: s
     positional = {f.name: opt.help for f, _, opt in _options(verb) if opt.positional}
     overrides = [word for word in words if _OVERRIDE.match(word)]
     plain: list[Any] = [word for word in words if not _OVERRIDE.match(word)]
+    if verb.CONFIG_FIRST and plain and file is None:
+        file = plain.pop(0)
     if many := [f.name for f, hint, opt in _options(verb) if opt.positional and get_origin(hint) is tuple]:
         first = list(positional).index(many[-1])
         plain[first:] = [tuple(plain[first:])] if plain[first:] else []
@@ -191,7 +201,7 @@ def _settings(verb: type[Verb], asked: dict[str, Any], words: list[str], file: s
     for name, about in positional.items():
         if name in required and name not in content:
             raise ConfigError(f"{name.upper()} is missing: {about} See --help.")
-    return config.build(verb, content, overrides)
+    return config.build(verb.whole(), content, overrides)
 
 
 def read_config(name: str) -> Mapping[str, Any]:

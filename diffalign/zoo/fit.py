@@ -38,7 +38,7 @@ def fit(
     model: nn.Module, loss: Loss, config: FitConfig, *, folder: Path, seed: int, resume: bool, title: str
 ) -> nn.Module:
     """Train `model` in place and return it with its averaged weights."""
-    _keep_freed_memory()
+    keep_freed_memory()
     optimizers = _optimizers(model, config)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     file = folder / "state.safetensors"
@@ -100,7 +100,7 @@ def _step(
     return float(value.detach())
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc reuse large blocks: giving them back after every step costs up to ten times the step itself."""
     import ctypes
     import sys

@@ -1,0 +1,121 @@
+"""`diffalign train`: tune a model by a reward, watched."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from diffalign.cli.model import ModelVerb
+from diffalign.cli.verb import Opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(ModelVerb):
+    """Tune a model by a reward: a LoRA any stock pipeline loads, curves, and an alarm where the reward is gamed.
+
+    Settings are those of a config file; every one can be overridden, groups of them with dots. Before the first step
+    the ratio, the gradient and the reward are tried on the real pipeline; --dry-run does only that, with an estimate of
+    time and memory. Run the same command again to go on after a stop: a resumed run ends at the same weights.
+
+    Writes OUT/lora (the result), metrics.jsonl, plot.png, summary.json, samples/step-N, checkpoints/step-N and alarms/.
+    `diffalign gallery OUT` shows it.
+
+    \b
+    diffalign train flow_grpo_shapes
+    diffalign train flow_grpo_shapes --minutes 5 --out out/try
+    diffalign train flow_grpo_shapes --dry-run
+    diffalign train configs/train/flow_grpo_shapes.yaml optim.learning_rate=1e-4 groups=8
+    diffalign train flow_grpo_shapes reward='{clip: 1.0}' evaluate.every=20
+    diffalign train flow_grpo_sd35 --model stabilityai/stable-diffusion-3.5-medium prompts=my.txt
+    accelerate launch --num_processes 2 -m diffalign train flow_grpo_shapes
+    diffalign ls objectives
+    """
+
+    NAME: ClassVar[str] = "train"
+    CONFIG_FIRST: ClassVar[bool] = True
+    out: Annotated[str | None, Opt("Folder of the run.")] = "out/train"
+    steps: Annotated[int, Opt("Rollouts, each followed by an update.")] = 300
+    minutes: Annotated[float | None, Opt("End after so many minutes, resumed parts included.")] = None
+    resume: Annotated[str, Opt("auto, never, or the folder of a checkpoint.")] = "auto"
+    force: Annotated[bool, Opt("Resume although settings changed.")] = False
+
+    @classmethod
+    def whole(cls) -> type[Train]:
+        return _with_settings(cls)
+
+    def cost(self) -> dict[str, Any]:
+        """What the preflight finds out."""
+        found = self._train(self._show_nothing, dry_run=True)
+        return {name: value for name, value in found.items() if name != "dry_run"}
+
+    def run(self) -> dict[str, Any]:
+        with _bar(self.steps) as show:
+            return self._train(show)
+
+    def _train(self, show: Callable[[int, Mapping[str, Any]], None], *, dry_run: bool = False) -> dict[str, Any]:
+        from diffalign.train.settings import TrainConfig
+        from diffalign.train.start import train
+
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
+        return train(
+            self.pipeline(),
+            TrainConfig(**own),
+            model=self.model,
+            call=self.pipeline_call(),
+            seed=self.seed,
+            out=self.out or "out/train",
+            say=_say,
+            show=show,
+            dry_run=dry_run,
+        )
+
+    def _show_nothing(self, step: int, row: Mapping[str, Any]) -> None:
+        pass
+
+
+@functools.cache
+def _with_settings(cls: type[Train]) -> type[Train]:
+    """The verb with every setting of a job as a field; made late, because the settings need torch."""
+    from diffalign.train.settings import TrainConfig
+
+    class Whole(cls, TrainConfig):  # type: ignore[misc, valid-type]
+        """A job as the command line tells it."""
+
+    Whole.__doc__ = cls.__doc__
+    return dataclass(frozen=True, kw_only=True)(Whole)
+
+
+def _say(text: str) -> None:
+    from tqdm.auto import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+@contextmanager
+def _bar(steps: int) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """A bar with what people look at: reward, truth, KL and images a second; a line per evaluation elsewhere."""
+    import os
+
+    from tqdm.auto import tqdm
+
+    watched = sys.stderr.isatty() and int(os.environ.get("LOCAL_RANK", "0")) == 0
+    shown: dict[str, str] = {}
+    with tqdm(total=steps, desc="train", disable=not watched) as bar:
+
+        def show(step: int, row: Mapping[str, Any]) -> None:
+            for name, key in (("reward", "reward"), ("proxy", "proxy"), ("truth", "truth"), ("kl", "kl_base")):
+                if row.get(key) is not None:
+                    shown[name] = f"{row[key]:.3g}"
+            if row.get("images_per_second") is not None:
+                shown["img/s"] = f"{row['images_per_second']:.2f}"
+            bar.set_postfix(shown, refresh=False)
+            bar.update(step - bar.n)
+            if not watched and row.get("proxy") is not None and int(os.environ.get("RANK", "0")) == 0:
+                print(f"step {step}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), file=sys.stderr, flush=True)
+
+        yield show

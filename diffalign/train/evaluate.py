@@ -1,0 +1,171 @@
+"""Where training stands: the stock sampler on fixed prompts and seeds, judged by everything that watches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign import atomic, media, scoring
+from diffalign.cases import Case, batched, derived_seed
+from diffalign.drive import Driver
+from diffalign.intervals import bootstrap
+from diffalign.noise import Kernel, ddim, flow_sde
+from diffalign.train.job import Job, rate
+from diffalign.train.rollout import sample
+from diffalign.train.watch import Evaluation
+
+BASE = "samples/base.safetensors"
+KL_NOISE = {"flow": flow_sde(0.7)}  # the walks whose divergence is measured; ancestral DDIM for all other models
+
+
+def monitor_cases(cases: Sequence[Case], per_prompt: int, seed: int) -> list[Case]:
+    """Every prompt with its seeds, the same at every evaluation of every run with this seed."""
+    return [
+        case.with_seed(derived_seed(seed, "evaluate", k, member))
+        for k, case in enumerate(cases)
+        for member in range(per_prompt)
+    ]
+
+
+@torch.no_grad()
+def evaluate(job: Job, step: int, training: Mapping[str, float]) -> Evaluation:
+    """Draw the monitor cases with the stock call and judge them; every process gets the whole."""
+    cases, each = list(job.monitor), job.config.evaluate.per_prompt
+    mine = cases[job.rank :: job.processes]
+    pixels = [draw(job, chunk) for chunk in batched(mine, job.config.evaluate.batch)]
+    columns: dict[str, list[Tensor]] = {}
+    for chunk, made in zip(batched(mine, job.config.evaluate.batch), pixels, strict=True):
+        scores = torch.stack([rate(reward, made, chunk) for reward, _ in job.members], dim=1)
+        columns.setdefault("proxy", []).append((scores * job.weights).sum(1))
+        if job.truth is not None:
+            columns.setdefault("truth", []).append(rate(job.truth, made, chunk))
+        for name, reward in job.panel:
+            columns.setdefault(f"panel {name}", []).append(rate(reward, made, chunk))
+    found = {name: torch.cat(column) for name, column in columns.items()}
+    found["media"] = (torch.cat(pixels) * 255).round().to(torch.uint8)
+    whole = _all(job, found, len(cases))
+    return Evaluation(
+        step=step,
+        prompts=torch.arange(len(cases)) // each,
+        proxy=whole["proxy"],
+        panel={name: whole[f"panel {name}"] for name, _ in job.panel},
+        truth=whole.get("truth"),
+        media=whole["media"].float() / 255,
+        features=None,
+        kl=divergence(job),
+        training=dict(training),
+    )
+
+
+def draw(job: Job, cases: Sequence[Case]) -> Tensor:
+    """Media (B, [F,] 3, H, W) of the stock call, as 8-bit pictures would show them."""
+    driver = Driver(job.pipe, cases, budget=job.budget, memory=job.memory, **job.deployed)
+    made = media.to_tensor(driver.rollout(quiet=True).media).float().cpu()
+    media.require_finite(made, type(job.pipe).__name__)
+    return (made.clamp(0, 1) * 255).round() / 255
+
+
+def divergence(job: Job) -> float:
+    """KL of the policy's stochastic walks from those of the base model: the sum over steps of ||d mu||^2 / (2 nu^2)."""
+    count = job.config.evaluate.kl_prompts
+    if not count:
+        return 0.0
+    cases = list(job.monitor)[:: job.config.evaluate.per_prompt][:count]
+    driver = Driver(job.pipe, cases, budget=job.budget, memory=job.memory, **job.deployed)
+    kernel: Kernel = KL_NOISE.get(driver.levels.prediction, ddim(1.0))
+    steps = range(driver.length - 1)  # the last one has hardly any noise
+    walked = sample(driver, kernel, steps, convention="sum", keep_means=True)
+    base: dict[int, Tensor] = {}
+
+    def keep(i: int, prediction: Tensor, transition: Any, log_prob: Tensor) -> None:
+        base[i] = transition.mean
+        std[i] = transition.std
+
+    std: dict[int, float] = {}
+    with job.trained.reference():
+        walked.replay("sum", keep, grad=False)
+    each = [(walked.means[i] - base[i]).square().flatten(1).sum(1) / (2 * std[i] ** 2) for i in steps if std[i] > 0]
+    return float(torch.stack(each).sum(0).mean()) if each else 0.0
+
+
+def _all(job: Job, mine: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Rows dealt out to the processes in turn, back in their order."""
+    if job.processes == 1:
+        return mine
+    from accelerate.utils import gather_object
+
+    parts: list[dict[str, Tensor]] = gather_object([mine])
+    order = torch.cat([torch.arange(count)[rank :: job.processes] for rank in range(job.processes)]).argsort()
+    return {name: torch.cat([part[name] for part in parts])[order] for name in mine}
+
+
+def figures(found: Evaluation, seed: int) -> dict[str, Any]:
+    """Proxy, truth and the panel as means over prompts with intervals."""
+    told: dict[str, Any] = {}
+    rows = {"proxy": found.proxy, "truth": found.truth, **{f"panel/{k}": v for k, v in found.panel.items()}}
+    for name, values in rows.items():
+        if values is None or not len(by_prompt := prompt_means(values, found.prompts)):
+            continue
+        interval = bootstrap(by_prompt, seed=seed)
+        told |= {name: interval.mean, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
+    if panel := [told[f"panel/{name}"] for name in found.panel if f"panel/{name}" in told]:
+        told["heldout"] = sum(panel) / len(panel)
+    return told
+
+
+def prompt_means(values: Tensor, prompts: Tensor) -> list[float]:
+    """The mean of each prompt's valid rows; a prompt without any is left out."""
+    known = ~values.isnan()
+    count = int(prompts.max()) + 1
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, prompts[known], values[known].double())
+    rows = torch.zeros(count, dtype=torch.float64).index_add_(0, prompts[known], torch.ones(int(known.sum())).double())
+    return (sums[rows > 0] / rows[rows > 0]).tolist()
+
+
+def keep_samples(job: Job, found: Evaluation) -> None:
+    """The first pictures of an evaluation as a run folder that the gallery reads."""
+    from diffalign.bench.card import card_of
+
+    folder, rows = job.folder / "samples" / f"step-{found.step}", []
+    shown = list(job.monitor)[: job.config.evaluate.keep]
+    for k, case in enumerate(shown):
+        name = f"images/{k:05d}.png"
+        picture = found.media[k]
+        if picture.ndim == 4:  # a video: its frames side by side
+            picture = picture.permute(1, 2, 0, 3).flatten(2)
+        atomic.write_image(folder / name, media.to_pil(picture))
+        row: dict[str, Any] = {"index": k, "rank": 0, "prompt": case.prompt, "seed": case.seed, "file": name}
+        row["reward"] = _number(found.proxy[k])
+        row["parts"] = {name: _number(values[k]) for name, values in found.panel.items()}
+        if found.truth is not None:
+            row["truth"] = _number(found.truth[k])
+        rows.append(row)
+    atomic.write_jsonl(folder / "results.jsonl", rows)
+    told = {"name": "training", "objective": job.config.objective_name, "step": found.step}
+    card = card_of(job.pipe, job.model, shown, job.deployed, reward=scoring.WeightedReward([r for r, _ in job.members], job.weights.tolist()), method=told)
+    atomic.write_json(folder / "card.json", card.json())
+
+
+def keep_base(folder: Path, found: Evaluation) -> None:
+    """The base model's pictures, for alarms to show beside later ones."""
+    from safetensors.torch import save
+
+    pixels = (found.media * 255).round().to(torch.uint8)
+    atomic.write_bytes(folder / BASE, save({"media": pixels, "proxy": found.proxy.float()}))
+
+
+def kept_base(folder: Path) -> dict[str, Tensor]:
+    """What `keep_base` wrote."""
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = load_file(folder / BASE)
+    return found
+
+
+def _number(value: Tensor) -> float | None:
+    found = float(value)
+    return found if found == found else None

@@ -1,0 +1,213 @@
+"""A fine-tuning job at run time: the pipeline, what is trained in it, its cases, its rewards, and all processes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign import scoring
+from diffalign.budget import Budget
+from diffalign.cases import Case
+from diffalign.drive import Driver
+from diffalign.errors import ConfigError, DiffalignError
+from diffalign.memory import Memory
+from diffalign.scoring import Reward
+from diffalign.train.adapters import Trained
+from diffalign.train.data import PromptSampler
+from diffalign.train.settings import TrainConfig
+
+PER_STEP = "train"  # the stream that names the seeds of a step's images
+
+
+@dataclass
+class Job:
+    """Everything an objective may use."""
+
+    config: TrainConfig
+    pipe: Any
+    model: str  # as the user named it
+    call: dict[str, Any]  # stock arguments while training
+    deployed: dict[str, Any]  # stock arguments of an evaluation
+    prompts: Sequence[Case]
+    monitor: Sequence[Case]  # the cases of every evaluation
+    members: Sequence[tuple[Reward, float]]  # rewards with their weights
+    trained: Trained
+    accelerator: Any
+    folder: Path
+    seed: int = 0
+    budget: Budget = field(default_factory=Budget)
+    truth: Reward | None = None
+    panel: Sequence[tuple[str, Reward]] = ()
+    say: Callable[[str], None] = lambda text: None  # a line for people
+
+    # processes
+
+    @property
+    def processes(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows (n, ...) of this process -> those of all (n x processes, ...), in the order of the processes."""
+        if self.processes == 1:
+            return rows
+        found: Tensor = self.accelerator.gather(rows.to(self.device).contiguous())
+        return found.to(rows.device)
+
+    def mean(self, figures: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """The mean over processes of each figure."""
+        names = sorted(figures)
+        values = torch.tensor([float(figures[name]) for name in names], dtype=torch.float64)
+        if self.processes > 1 and names:
+            values = self.gather(values[None]).mean(0)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.accelerator.device
+        return found
+
+    # cases
+
+    @cached_property
+    def sampler(self) -> PromptSampler:
+        return PromptSampler(self.prompts, seed=self.seed)
+
+    @property
+    def groups_here(self) -> int:
+        """Groups of this process; every group lives on one of them."""
+        return self.config.groups // self.processes
+
+    def cases_of(self, step: int) -> list[Case]:
+        """The images this process makes in a step, group by group, each with a seed of its own."""
+        config, first = self.config, self.rank * self.groups_here
+        cases = self.sampler.cases_of(step, config.groups, config.group_size)
+        size = config.group_size
+        return cases[first * size : (first + self.groups_here) * size]
+
+    @cached_property
+    def group_ids(self) -> Tensor:
+        """(N,) group of every image of a step, over all processes."""
+        return torch.arange(self.config.groups).repeat_interleave(self.config.group_size)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What the pipeline computed before its loop from equal prompts, shared by all drivers of this job."""
+        return Memory()
+
+    def driver(self, cases: Sequence[Case]) -> Driver:
+        """The pipeline as a denoiser for these cases, with the arguments of training."""
+        return self._first.asked(cases)
+
+    @cached_property
+    def _first(self) -> Driver:
+        """A driver that has found out how this pipeline behaves; all others learn from it."""
+        driver = Driver(self.pipe, [self.prompts[0]], budget=self.budget, memory=self.memory, **self.call)
+        driver.start()
+        return driver
+
+    # rewards
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return torch.tensor([weight for _, weight in self.members])
+
+    @property
+    def listwise(self) -> bool:
+        """Whether some reward compares the pictures of a prompt, which must then be scored together."""
+        return any(scoring.is_listwise(reward) for reward, _ in self.members)
+
+    def score(self, media: Tensor, cases: Sequence[Case]) -> Tensor:
+        """What every reward says of media (B, [F,] 3, H, W): (B, K) float32 on the CPU, NaN where it failed."""
+        self.budget.charge(reward_calls=len(cases) * len(self.members))
+        return torch.stack([rate(reward, media, cases) for reward, _ in self.members], dim=1)
+
+    @contextmanager
+    def scoring(self) -> Iterator[Callable[[Tensor, Sequence[Case]], Future[Tensor]]]:
+        """A block whose scores are computed beside the sampling; nothing of it outlives the block."""
+        with ThreadPoolExecutor(1, thread_name_prefix="reward") as pool:
+
+            def ask(media: Tensor, cases: Sequence[Case]) -> Future[Tensor]:
+                if self.config.overlap:
+                    return pool.submit(self.score, media, cases)
+                done: Future[Tensor] = Future()
+                done.set_result(self.score(media, cases))
+                return done
+
+            yield ask
+
+    def require_valid(self, rewards: Tensor, step: int) -> float:
+        """The share of images (N, K) that some reward failed on; too many of them end the run."""
+        lost = float(rewards.isnan().any(1).float().mean())
+        if lost > self.config.invalid_limit:
+            names = [reward.name for k, (reward, _) in enumerate(self.members) if bool(rewards[:, k].isnan().any())]
+            raise ConfigError(
+                f"reward {', '.join(names)} failed on {lost:.0%} of the images of step {step}, more than the "
+                f"{self.config.invalid_limit:.0%} of invalid_limit. Training on the rest would follow what the reward "
+                "can read. Look at the warnings above, or raise invalid_limit."
+            )
+        return lost
+
+    # learning
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def share_gradients(self) -> None:
+        """The mean over processes of every gradient, in one exchange for each dtype."""
+        if self.processes == 1:
+            return
+        import torch.distributed as dist
+
+        for parameter in (parameters := self.trained.parameters()):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # type: ignore[union-attr]
+        dist.all_reduce(flat)
+        for parameter, mean in zip(
+            parameters, (flat / self.processes).split([p.numel() for p in parameters]), strict=True
+        ):
+            parameter.grad.copy_(mean.view_as(parameter))  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def rate(reward: Reward, media: Tensor, cases: Sequence[Case]) -> Tensor:
+    """Scores (B,) of one reward on the CPU; where a call fails its rows are asked one by one, and lost alone."""
+    try:
+        return scoring.score(reward, media, cases, all_invalid=True).total.cpu()
+    except ConfigError:
+        raise
+    except Exception as whole:
+        if scoring.is_listwise(reward) or len(cases) == 1:
+            return _lost(reward, len(cases), whole)
+        return torch.cat([_alone(reward, media[k : k + 1], [case]) for k, case in enumerate(cases)])
+
+
+def _alone(reward: Reward, media: Tensor, cases: Sequence[Case]) -> Tensor:
+    try:
+        return scoring.score(reward, media, cases, all_invalid=True).total.cpu()
+    except Exception as error:
+        return _lost(reward, 1, error)
+
+
+def _lost(reward: Reward, rows: int, error: Exception) -> Tensor:
+    kind = "" if isinstance(error, DiffalignError) else f"{type(error).__name__}: "
+    text = " ".join(str(error).split())[:200]
+    warnings.warn(f"reward '{reward.name}' failed on {rows} images ({kind}{text}); they are left out", stacklevel=2)
+    return torch.full((rows,), torch.nan)

@@ -1,0 +1,286 @@
+"""The one loop: rollout -> score -> advantages -> objective -> step -> log -> checkpoint, whatever the objective is."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.errors import ModelError
+from diffalign.train import alarm_page, checkpoint, evaluate
+from diffalign.train.checkpoint import Checkpoint
+from diffalign.train.ema import Ema
+from diffalign.train.job import Job
+from diffalign.train.objective import Objective
+from diffalign.train.run_folder import Metrics
+from diffalign.train.watch import Verdict, Watch
+
+BAD_UPDATES = 3  # in a row that end the run: one may be an accident
+
+
+class Loop:
+    """One run of one job."""
+
+    def __init__(self, job: Job, objective: Objective, *, track: Callable[[dict[str, float], int], None]) -> None:
+        self.job, self.objective, self.track = job, objective, track
+        config, optim = job.config, job.config.optim
+        adamw = torch.optim.AdamW(
+            job.trained.parameters(),
+            lr=optim.learning_rate,
+            betas=optim.betas,
+            eps=optim.epsilon,
+            weight_decay=optim.weight_decay,
+        )
+        self.optimizer = job.accelerator.prepare_optimizer(adamw)
+        self.ema = Ema(job.trained.named_parameters(), config.ema, every=config.ema_every)
+        self.watch = Watch(config.watch)
+        self.metrics = Metrics(job.folder)
+        self.step = self.first = 0  # steps that are done, now and when this process began
+        self.updates = self.bad = self.skipped = 0
+        self.spent = {"seconds": 0.0, "nfe": 0}  # by earlier parts of a resumed run
+        self.since = time.perf_counter()
+        self.alarms: list[dict[str, Any]] = []
+        self.training: dict[str, float] = {}  # the latest figures of learning, for the watch
+        self.stopping = False
+        self.went_back: int | None = None  # the step whose weights the watch brought back
+        self.ended = ""  # why the run ended before its last step
+
+    # the run
+
+    def run(self, show: Callable[[int, Mapping[str, Any]], None]) -> None:
+        """Train to the last step, or until the time is over, the watch says stop, or someone asks."""
+        config = self.job.config
+        with self._stoppable():
+            if self.step == 0:
+                self.objective.prepare(self.job)
+                self._judge(show)
+            while self.step < config.steps and not self.ended:
+                row = self._one_step()
+                self.step += 1
+                due = self.step % config.evaluate.every == 0 or self.step == config.steps
+                asked, late = self.job.mean({"stop": float(self.stopping), "late": float(self._late())}).values()
+                self.ended = "asked to stop" if asked else "the time is over" if late else ""
+                if due or late:
+                    self._judge(show, row)
+                else:
+                    self._log(row, show)
+                    if self.ended or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                        self.save()
+
+    def _one_step(self) -> dict[str, float]:
+        """Collect and learn; figures of all processes."""
+        job = self.job
+        found = self.objective.collect(job, self.step)
+        told = [self._update(part) for part in _parts(found.micros, job.config.updates)]
+        row = {name: sum(each[name] for each in told) / len(told) for name in told[0]}
+        row["skipped"] = float(self.skipped)
+        self.training = {**found.stats, **row}
+        return self.training
+
+    def _update(self, micros: Sequence[Any]) -> dict[str, float]:
+        """One optimiser step over some micro-batches."""
+        job, rows = self.job, sum(len(micro) for micro in micros)
+        told: dict[str, Any] = {}
+        for micro in micros:
+            for name, value in self.objective.learn(job, micro, len(micro) / rows).items():
+                told[name] = told.get(name, 0.0) + float(value)
+        told = job.mean(told)
+        rate = self._rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        job.share_gradients()
+        job.accelerator.unscale_gradients(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(job.trained.parameters(), job.config.optim.clip_norm))
+        told |= {"grad_norm": norm, "lr": rate}
+        self._apply(math.isfinite(norm) and math.isfinite(told.get("loss", 0.0)))
+        return told
+
+    def _apply(self, sound: bool) -> None:
+        """Step where loss and gradient are finite; else skip, and end the run where that happens again and again."""
+        scaler = self.job.accelerator.scaler
+        if sound or scaler is not None:  # a scaler skips by itself, and lowers its scale
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        self.bad = 0 if sound else self.bad + 1
+        self.skipped += not sound
+        if sound:
+            self.ema.update(self.updates - 1)
+        if self.bad >= BAD_UPDATES:
+            raise ModelError(
+                f"the loss or its gradient was not finite in {self.bad} updates in a row, the last in step {self.step}. "
+                "Nothing was learnt from them. Lower optim.learning_rate, or train in float32 (precision=no)."
+            )
+
+    def _rate(self) -> float:
+        """The learning rate of the next update."""
+        optim, last = self.job.config.optim, self.job.config.steps * self.job.config.updates
+        warm = min(1.0, (self.updates + 1) / optim.warmup) if optim.warmup else 1.0
+        cosine = (1 + math.cos(math.pi * min(self.updates / last, 1.0))) / 2 if optim.decay == "cosine" else 1.0
+        return optim.learning_rate * warm * cosine
+
+    # looking
+
+    def _judge(self, show: Callable[[int, Mapping[str, Any]], None], row: Mapping[str, float] | None = None) -> None:
+        """Evaluate, let the watch look, keep pictures and a checkpoint."""
+        job = self.job
+        with self.averaged():
+            found = evaluate.evaluate(job, self.step, self.training)
+        verdict = self.watch.observe(found)
+        if job.main:
+            evaluate.keep_samples(job, found)
+            if self.step == 0:
+                evaluate.keep_base(job.folder, found)
+        self._raise_alarms(verdict, found)
+        line = {**(row or {}), **verdict.metrics, **evaluate.figures(found, job.seed), "kl_base": found.kl}
+        self._log(line, show)
+        self.save(verdict.best_step)
+        if verdict.action in ("stop", "rollback"):
+            names = ", ".join(alarm.signature for alarm in verdict.alarms)
+            self.ended = f"the watch says {verdict.action} ({names})"
+        if verdict.action == "rollback":
+            best = checkpoint.load(self._checkpoints / f"step-{verdict.best_step}", job.rank)
+            self.restore(best, weights_only=True)
+            self.went_back = verdict.best_step
+            self.ended += f": back to step {verdict.best_step}"
+
+    def _raise_alarms(self, verdict: Verdict, found: Any) -> None:
+        for alarm in verdict.alarms:
+            self.alarms.append({"step": alarm.step, "signature": alarm.signature, "says": alarm.says})
+            self.job.say(f"alarm at step {alarm.step}: {alarm.says}")
+            if self.job.main:
+                base = evaluate.kept_base(self.job.folder)
+                alarm_page.write_alarm(
+                    alarm,
+                    self.job.folder,
+                    base["media"].float() / 255,
+                    found.media,
+                    prompts=[case.prompt for case in self.job.monitor],
+                    rewards=(base["proxy"], found.proxy),
+                )
+
+    @property
+    def chosen(self) -> int:
+        """The step whose weights are in the model."""
+        return self.went_back if self.went_back is not None else self.step
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A block with the weights that are evaluated and saved."""
+        with self.ema.swapped() if self.job.config.ema and self.job.config.evaluate.averaged else nullcontext():
+            yield
+
+    def _log(self, row: Mapping[str, Any], show: Callable[[int, Mapping[str, Any]], None]) -> None:
+        cost = self.cost()
+        pace = {"images_per_second": (self.step - self.first) * self.job.config.images / self._seconds}
+        if self.job.main:
+            self.metrics.values.append({"step": self.step, **row})
+            self.metrics.timing.append({"step": self.step, **cost, **pace})
+            self.track({k: v for k, v in {**row, **pace}.items() if isinstance(v, float)}, self.step)
+        show(self.step, {**row, **pace})
+
+    def cost(self) -> dict[str, float]:
+        """Seconds and model calls so far, those before a resumption included."""
+        return {
+            "seconds": self.spent["seconds"] + self._seconds,
+            "nfe": self.spent["nfe"] + self.job.budget.nfe * self.job.processes,
+        }
+
+    @property
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.since
+
+    def _late(self) -> bool:
+        minutes = self.job.config.minutes
+        return minutes is not None and self.cost()["seconds"] >= 60 * minutes
+
+    # checkpoints
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.job.folder / "checkpoints"
+
+    def save(self, best: int | None = None) -> None:
+        """Keep everything a resumed run needs; the best checkpoint and the latest few stay."""
+        job, scaler = self.job, self.job.accelerator.scaler
+        state = {
+            "step": self.step,
+            "updates": self.updates,
+            "bad": self.bad,
+            "skipped": self.skipped,
+            "spent": self.cost(),
+            "alarms": self.alarms,
+            "training": self.training,
+            "trained": job.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "objective": self.objective.state(),
+            "watch": self.watch.state_dict(),
+        }
+        checkpoint.save(
+            self._checkpoints,
+            self.step,
+            state,
+            rank=job.rank,
+            processes=job.processes,
+            barrier=job.accelerator.wait_for_everyone,
+        )
+        if job.main:
+            protected = self.watch.best_step if best is None else best
+            checkpoint.prune(self._checkpoints, job.config.keep, protect=(protected,))
+
+    def restore(self, found: Checkpoint, *, weights_only: bool = False) -> None:
+        """Go on from a checkpoint, or take only its weights."""
+        state = found.state
+        self.job.trained.load_state_dict(state["trained"])
+        self.ema.load_state_dict(state["ema"])
+        if weights_only:
+            return
+        self.step, self.updates = int(state["step"]), int(state["updates"])
+        self.bad, self.skipped = int(state["bad"]), int(state["skipped"])
+        self.spent, self.alarms = dict(state["spent"]), list(state["alarms"])
+        self.training = dict(state["training"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.job.accelerator.scaler is not None:
+            self.job.accelerator.scaler.load_state_dict(state["scaler"])
+        self.objective.restore(state["objective"])
+        self.watch.load_state_dict(state["watch"])
+        self.first = self.step
+        if found.rng is not None:
+            checkpoint.restore_rng(found.rng)
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM ends the run after the present step, with a checkpoint; a second one at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            self.job.say("stopping after this step; once more stops at once")
+
+        kept = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                kept[number] = signal.signal(number, ask)
+        except ValueError:  # not the main thread, which alone hears signals
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+
+def _parts(micros: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    """Micro-batches in `count` runs of neighbours, as even as they can be; an update needs at least one."""
+    count = min(count, len(micros))
+    cuts = [round(k * len(micros) / count) for k in range(count + 1)]
+    return [micros[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]

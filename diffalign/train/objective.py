@@ -1,0 +1,68 @@
+"""What the loop asks of an objective. One paper is one file in `objectives/` that defines `OBJECTIVE`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from diffalign import config
+from diffalign.errors import UnknownName
+from diffalign.train import objectives
+from diffalign.train.settings import named
+
+if TYPE_CHECKING:
+    from diffalign.train.job import Job
+
+
+@dataclass
+class Collected:
+    """What one step learns from: micro-batches of this process, in order, and figures of all processes."""
+
+    micros: Sequence[Any]  # whatever `learn` takes; len() of each is its rows
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Collect without gradients, then learn from one micro-batch at a time."""
+
+    name: ClassVar[str]
+    settings: ClassVar[type[Any]]  # the frozen dataclass of its config
+
+    def __init__(self, config: Any) -> None: ...
+
+    def check(self, job: Job) -> None:
+        """Refuse a job that cannot work, saying what to change; nothing has run yet."""
+
+    def prepare(self, job: Job) -> None:
+        """What is measured once before the first step, such as a calibration."""
+
+    def collect(self, job: Job, step: int) -> Collected:
+        """The data of a step."""
+
+    def learn(self, job: Job, micro: Any, share: float) -> Mapping[str, Tensor]:
+        """Backward through `job.backward` of this micro-batch's share of the loss; figures as sums of shares."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights."""
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+def names() -> list[str]:
+    """Every objective there is."""
+    return sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))
+
+
+def make(spec: str | Mapping[str, Any]) -> Objective:
+    """An objective from `flow_grpo` or `{flow_grpo: {...}}`."""
+    name, given = named(spec)
+    if name not in names():
+        raise UnknownName.among("objective", name, names(), "diffalign ls objectives")
+    cls = importlib.import_module(f"{objectives.__name__}.{name}").OBJECTIVE
+    built: Objective = cls(config.build(cls.settings, given, where=f"objective.{name}"))
+    return built

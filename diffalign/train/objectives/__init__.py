@@ -1,0 +1,1 @@
+"""One paper, one file: a frozen config, the pure loss, and what the loop asks of it."""

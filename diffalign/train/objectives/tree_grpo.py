@@ -1,0 +1,271 @@
+"""Tree GRPO: images of a prompt share the beginning of their walks, and each branch is judged by what grows from it.
+
+Papers: TreeGRPO (OpenReview 3rZdp4TmUb, ICLR 2026) as `advantage: fused`; BranchGRPO, 2025 (arXiv 2509.06040) as
+`advantage: depth`, with its pruning; V-STAR, "Spend Search Where It Pays", 2026 (arXiv 2602.10699) as `advantage:
+sibling`; TempFlow-GRPO's branching, 2025 (arXiv 2508.04324), is depth 1 of `sibling`.
+
+Where we differ: branches grow at neighbouring steps, those of the noise window. A prompt has several trees, whose roots
+are start noises of their own, and leaves are compared over all of them. The noise of a branch is never scaled apart from
+its density. A transition whose siblings share its start is replayed with one model call for all of them. With one branch
+per node the trees are chains, and `fused` is Flow-GRPO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from diffalign import media, noise
+from diffalign.cases import Case, batched, derived_seed
+from diffalign.drive import Driver
+from diffalign.errors import ConfigError
+from diffalign.noise import Kernel, Transition, case_noise
+from diffalign.train import credit, tree_credit
+from diffalign.train.job import Job
+from diffalign.train.objective import Collected
+from diffalign.train.objectives.flow_grpo import FlowGRPO, FlowGRPOConfig, clip_figures, clipped_loss, kl_code
+from diffalign.train.policy import FIGURES
+from diffalign.train.schedules import NoiseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeGRPOConfig(FlowGRPOConfig):
+    """Flow-GRPO's settings, and how walks branch; group_size is roots x branches ^ noise.window."""
+
+    noise: NoiseConfig = field(default_factory=lambda: NoiseConfig(window=3, rule="geometric"))
+    branches: int = 2  # children of a node at each step of the window
+    advantage: Literal["sibling", "fused", "depth"] = "sibling"  # against siblings, fused from leaves, or by depth
+    alpha: float = 1.0  # share of the sibling advantage; the rest compares the leaves below with the whole group
+    scale: bool = True  # siblings' advantages in their own deviations, or in reward units over the group's
+    prune: Literal["none", "best", "extremes"] = "none"  # children to train: all, the best half, best and worst
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.branches < 1:
+            raise ConfigError(f"branches is {self.branches}, but a node needs at least 1 child.")
+        if self.noise.window < 1:
+            raise ConfigError("noise.window is 0, but a tree branches at the steps of a window. Use 2 or 3.")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"alpha is {self.alpha}, but a share lies between 0 and 1.")
+        if self.credit.similarity != "none" or self.credit.phases or self.credit.weighting == "ratio_norm":
+            raise ConfigError(
+                "credit has similarity, phases or ratio_norm, but a tree credits its steps by what grows from them. Leave "
+                "them out; weighting: tempflow is fine."
+            )
+        if self.same_start:
+            raise ConfigError("same_start belongs to walks side by side; a tree has one start per root already.")
+
+    @property
+    def leaves(self) -> int:
+        """Leaves of one tree."""
+        return int(self.branches**self.noise.window)
+
+
+@dataclass
+class Layer:
+    """The transitions of one depth: P nodes and the C children that grew from them."""
+
+    i: int  # the step of the chain
+    driver: Driver  # for the P nodes
+    x: Tensor  # (P, ...) where the children start
+    parent: Tensor  # (C,) row of x
+    moves: Tensor  # (C, ...) where they arrive
+    log_probs: Tensor  # (C,) under the weights that sampled
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (C,)
+
+
+@dataclass
+class Grove:
+    """The trees of a micro-batch."""
+
+    layers: list[Layer]
+    leaves: list[Case]
+    media: Tensor  # (L, ...) of the leaves
+    kernel: Kernel
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+
+class TreeGRPO(FlowGRPO):
+    """Flow-GRPO on trees."""
+
+    name: ClassVar[str] = "tree_grpo"
+    settings: ClassVar[type[TreeGRPOConfig]] = TreeGRPOConfig
+    config: TreeGRPOConfig
+
+    def check(self, job: Job) -> None:
+        super().check(job)
+        size, leaves = job.config.group_size, self.config.leaves
+        told = f"branches {self.config.branches} at {self.config.noise.window} steps make {leaves} leaves"
+        if size % leaves:
+            raise ConfigError(f"group_size is {size}, but {told}. Use a multiple, such as group_size={max(2, leaves)}.")
+        if job.config.micro_batch % size:
+            raise ConfigError(
+                f"micro_batch is {job.config.micro_batch}, but trees of a prompt stay together: use {size}."
+            )
+        if job.config.advantage.step_norm != "none":
+            raise ConfigError("advantage.step_norm is set, but tree_grpo compares nodes by its own `advantage`.")
+
+    def collect(self, job: Job, step: int) -> Collected:
+        groves, rewards = self.sampled_trees(job, step)
+        members = job.gather(rewards)
+        invalid = job.require_valid(members, step)
+        total = (rewards * job.weights).sum(1)
+        first, size = 0, job.config.group_size
+        for grove in groves:
+            self._credit(job, grove, total[first : first + len(grove)])
+            first += len(grove)
+        every = (members * job.weights).sum(1)
+        spread = every.view(-1, size)
+        told = {
+            "reward": float(every.nanmean()),
+            "invalid": invalid,
+            "frac_zero_std": float((_range(spread) == 0).double().mean()),
+            "advantage_std": float(torch.cat([a.advantages for g in groves for a in g.layers]).std()),
+        }
+        return Collected(groves, job.mean(told))
+
+    def sampled(self, job: Job, step: int, cases: Sequence[Case]) -> tuple[list[Grove], Tensor]:  # type: ignore[override]
+        return self.sampled_trees(job, step, cases)
+
+    def sampled_trees(self, job: Job, step: int, cases: Sequence[Case] | None = None) -> tuple[list[Grove], Tensor]:
+        """Trees in micro-batches and the rewards (n, K) of their leaves."""
+        kernel, window = self.noise(job, step)
+        groves, answers = [], []
+        with job.scoring() as ask:
+            for chunk in batched(list(job.cases_of(step) if cases is None else cases), job.config.micro_batch):
+                groves.append(self.grow(job, chunk, kernel, window))
+                answers.append(ask(groves[-1].media, groves[-1].leaves))
+            return groves, torch.cat([answer.result() for answer in answers])
+
+    def grow(self, job: Job, cases: Sequence[Case], kernel: Kernel, window: range) -> Grove:
+        """The trees of some cases: every `leaves`-th of them is a root, and has its own start."""
+        roots, layers = list(cases)[:: self.config.leaves], []
+        nodes, driver = roots, job.driver(roots)
+        with torch.no_grad():
+            x = driver.start()
+            if window.start:
+                walk = driver.rollout(
+                    kernel, x=x, stop=window.start, quiet=True, dtype=torch.float32, output_type="latent"
+                )
+                x = walk.latents[-1]
+            for i in window:
+                layer, nodes = self._branch(driver, nodes, kernel, x, i)
+                layers.append(layer)
+                x, driver = layer.moves, job.driver(nodes)
+            made = driver.rollout(kernel, x=x, start=window.stop, quiet=True, dtype=torch.float32).media
+        return Grove(layers, nodes, media.to_tensor(made).float(), kernel)
+
+    def _branch(
+        self, driver: Driver, nodes: Sequence[Case], kernel: Kernel, x: Tensor, i: int
+    ) -> tuple[Layer, list[Case]]:
+        """One model call for all nodes, then children by noise of their own."""
+        k = self.config.branches
+        with torch.enable_grad():  # as a replay runs it, so that the ratio is exactly 1
+            prediction = driver.predict(x, i, grad=True).detach()
+        step = _spread(kernel(driver.levels, x, prediction, i), parent := torch.arange(len(nodes)).repeat_interleave(k))
+        cases = [node.with_seed(derived_seed(node.seed, "branch", i, b)) for node in nodes for b in range(k)]
+        moves = step.sample(case_noise([case.seed for case in cases], step.mean, "step", i))
+        return Layer(i, driver, x, parent, moves, step.log_prob(moves, self.config.density)), cases
+
+    # advantages
+
+    def _credit(self, job: Job, grove: Grove, rewards: Tensor) -> None:
+        """Advantages of every edge of a grove from the rewards (L,) of its leaves."""
+        parent, depth, log_prob, leaf = _forest(grove, rewards)
+        per_prompt = job.config.group_size // self.config.leaves  # trees of a prompt
+        roots = tree_credit.tree_of(parent)
+        gid = roots // per_prompt  # roots are numbered first, prompt by prompt
+        told, settings = self.config, job.config.advantage
+        overall = tree_credit.global_advantages(parent, depth, leaf, gid)
+        value = tree_credit.node_rewards(parent, depth, leaf)
+        if told.advantage == "fused":
+            own = tree_credit.leaf_advantages(parent, leaf, gid, eps=settings.eps)
+            found = tree_credit.fused_advantages(parent, depth, own, log_prob)
+        elif told.advantage == "depth":
+            found = tree_credit.depth_advantages(parent, depth, value, gid)
+        else:
+            found = tree_credit.sibling_advantages(parent, value, scale=told.scale, eps=settings.eps)
+            if not told.scale:
+                found = found / (_deviation(rewards, job.config.group_size)[gid] + settings.eps)
+            found = told.alpha * found + (1 - told.alpha) * overall
+        if told.prune != "none":
+            keep = tree_credit.keep_best if told.prune == "best" else tree_credit.keep_extremes
+            found = torch.where(keep(parent, depth, value), found, 0)
+        found = (found * settings.adv_scale).clamp(-settings.clip, settings.clip)
+        first = int((parent < 0).sum())
+        for layer in grove.layers:
+            layer.advantages = found[first : first + len(layer.moves)].float()
+            first += len(layer.moves)
+
+    # learning
+
+    def learn(self, job: Job, micro: Grove, share: float) -> dict[str, Tensor]:  # type: ignore[override]
+        """Every layer once: one model call for its nodes, a ratio for each of their children."""
+        sums, depth = dict.fromkeys(FIGURES, torch.zeros(())), len(micro.layers)
+        nu = torch.tensor([micro.kernel(a.driver.levels, a.x[:1], a.x[:1], a.i).std for a in micro.layers])
+        h = torch.tensor([float(a.driver.levels.sigma[a.i] - a.driver.levels.sigma[a.i + 1]) for a in micro.layers])
+        weights = credit.STEP_WEIGHTS[self.config.credit.weighting](nu, h)
+        low, high = self.config.ranges(micro.layers[0].x[0].numel())
+        for k, layer in enumerate(micro.layers):
+            if not bool(layer.advantages.any()) and not self.config.beta:
+                sums["ratio_mean"] = sums["ratio_mean"] + share / depth
+                continue
+            prediction = layer.driver.predict(layer.x, layer.i, grad=True)
+            step = _spread(alone := micro.kernel(layer.driver.levels, layer.x, prediction, layer.i), layer.parent)
+            log_ratio = step.log_prob(layer.moves, self.config.density) - layer.log_probs
+            policy = clipped_loss(log_ratio, layer.advantages, low, high)
+            told = clip_figures(log_ratio, layer.advantages, low, high)
+            loss = policy.mean() * float(weights[k])
+            if self.config.beta:
+                told["kl"] = self._divergence(job, micro, layer, alone, float(h[k])).mean()
+                loss = loss + self.config.beta * told["kl"]
+            for name, figure in {**told, "loss": loss}.items():
+                sums[name] = sums[name] + figure.detach().cpu() * (share / depth)
+            job.backward(loss * (share / depth))
+        return sums
+
+    def _divergence(self, job: Job, micro: Grove, layer: Layer, step: Transition, h: float) -> Tensor:
+        """KL (P,) of the nodes' transitions from the base model's, as published code has it."""
+        with torch.no_grad(), job.trained.reference():
+            base = micro.kernel(layer.driver.levels, layer.x, layer.driver.predict(layer.x, layer.i), layer.i)
+        return kl_code(step.mean, base.mean, step.std, h)
+
+
+def _spread(step: Transition, parent: Tensor) -> Transition:
+    """A transition of every child: its parent's."""
+    return noise.Transition(step.mean[parent.to(step.mean.device)], step.std)
+
+
+def _forest(grove: Grove, rewards: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parent, depth, edge log-density and leaf reward of every node (M,): roots first, then layer by layer."""
+    roots = len(grove.layers[0].x)
+    parents, depths = [torch.full((roots,), -1)], [torch.zeros(roots, dtype=torch.int64)]
+    log_probs, first = [torch.zeros(roots)], 0
+    for depth, layer in enumerate(grove.layers, 1):
+        parents.append(layer.parent + first)
+        depths.append(torch.full((len(layer.moves),), depth))
+        log_probs.append(layer.log_probs.cpu())
+        first += len(layer.x)
+    parent = torch.cat(parents)
+    leaf = torch.full((len(parent),), torch.nan)
+    leaf[-len(rewards) :] = rewards
+    return parent, torch.cat(depths), torch.cat(log_probs), leaf
+
+
+def _deviation(rewards: Tensor, size: int) -> Tensor:
+    """Population deviation (groups,) of the valid rewards of each group."""
+    rows = rewards.view(-1, size)
+    return (rows - rows.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nan_to_num()
+
+
+def _range(rows: Tensor) -> Tensor:
+    return rows.nan_to_num(-torch.inf).amax(1) - rows.nan_to_num(torch.inf).amin(1)
+
+
+OBJECTIVE = TreeGRPO

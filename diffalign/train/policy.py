@@ -1,0 +1,238 @@
+"""What policy gradients over denoising steps share: stochastic walks, rewards in groups, and a replay that learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffalign import media, noise, shaping
+from diffalign.cases import Case, batched
+from diffalign.errors import ConfigError, SeamError
+from diffalign.noise import Kernel, Transition
+from diffalign.train import credit
+from diffalign.train.advantage import Advantages, advantages
+from diffalign.train.job import Job
+from diffalign.train.objective import Collected
+from diffalign.train.rollout import Rollout, sample, similarities
+from diffalign.train.schedules import noise_levels
+
+
+FIGURES = ("loss", "ratio_mean", "clip_low", "clip_high", "kl")  # what every micro-batch tells, as sums of shares
+
+
+@dataclass
+class Seen:
+    """One trained step of a replayed micro-batch."""
+
+    micro: Rollout
+    k: int  # which of the trained steps
+    h: float  # how far it goes down in noise level
+    log_prob: Tensor  # (B,) with its gradient
+    transition: Transition
+    prediction: Tensor
+    base: tuple[Transition, Tensor] | None  # transition and prediction of the base model, where a penalty needs them
+
+    @property
+    def i(self) -> int:
+        """The step's index in the chain."""
+        return self.micro.trained[self.k]
+
+    @property
+    def old(self) -> Tensor:
+        """The log-density (B,) under the weights that sampled."""
+        return self.micro.log_probs[self.k]
+
+    @property
+    def advantage(self) -> Tensor:
+        """(B,) on the device of the latents."""
+        return self.micro.advantages[:, self.k].to(self.log_prob)
+
+
+class PolicyGradient:
+    """Base of the objectives whose steps are Gaussian policies; `config` has density, noise, credit and same_start."""
+
+    name: ClassVar[str]
+    dense: ClassVar[bool] = False  # whether rewards come per step
+    config: Any
+
+    def check(self, job: Job) -> None:
+        """Refuse what cannot give an advantage or a ratio."""
+        if job.config.group_size < 2:
+            raise ConfigError(
+                f"group_size is {job.config.group_size}, and an image alone has no baseline: every advantage would be 0. "
+                "Use at least 2; 12 to 24 are usual."
+            )
+        self.config.credit.require_source(self.dense)
+        driver = job.driver(job.prompts[:1])
+        self.noise(job, 0)
+        kernel = self.kernel_name(driver.levels.prediction)
+        if kernel == "flow_sde" and driver.levels.prediction != "flow":
+            raise SeamError(
+                f"noise.kernel is flow_sde, but {type(job.pipe).__name__} predicts {driver.levels.prediction}. Use ddim."
+            )
+
+    def prepare(self, job: Job) -> None:
+        """Nothing is measured beforehand."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take back."""
+
+    # collecting
+
+    def kernel_name(self, prediction: str) -> str:
+        named: str = self.config.noise.kernel
+        return ("flow_sde" if prediction == "flow" else "ddim") if named == "auto" else named
+
+    def noise(self, job: Job, step: int) -> tuple[Kernel, range]:
+        """The kernel of a step's walks and the steps that train: those with noise, one after the other."""
+        driver = job.driver(job.prompts[:1])
+        shares = noise_levels(step, driver.length, self.config.noise, seed=job.seed)
+        make = noise.KERNELS[self.kernel_name(driver.levels.prediction)]
+        made = {share: make(share) for share in set(shares)}
+        noisy = [i for i, share in enumerate(shares) if share > 0]
+        return noise.stepwise([made[share] for share in shares]), range(noisy[0], noisy[-1] + 1)
+
+    def collect(self, job: Job, step: int) -> Collected:
+        """Sample the groups of this process, score them, and compare with all processes."""
+        cases = job.cases_of(step)
+        rollouts, rewards = self.sampled(job, step, cases)
+        gains = self.step_rewards(job, rollouts, rewards)
+        members = job.gather(rewards)
+        invalid = job.require_valid(members, step)
+        steps = None if gains is None else job.gather(gains)
+        found = advantages(members, job.weights, self.groups(job), job.config.advantage, steps=steps)
+        self.deal(job, rollouts, found)
+        total = (members * job.weights).sum(1)
+        told = {"reward": float(total.nanmean()), "invalid": invalid, **found.stats}
+        return Collected(rollouts, told)
+
+    def groups(self, job: Job) -> Tensor:
+        return job.group_ids
+
+    def sampled(self, job: Job, step: int, cases: Sequence[Case]) -> tuple[list[Rollout], Tensor]:
+        """Walks in micro-batches and the rewards (n, K) of their images."""
+        kernel, trained = self.noise(job, step)
+        rollouts, answers = [], []
+        with job.scoring() as ask:
+            for chunk in batched(list(cases), job.config.micro_batch):
+                rollouts.append(self.walk(job, chunk, kernel, trained))
+                if not job.listwise:
+                    answers.append(ask(rollouts[-1].media, chunk))
+            if job.listwise:
+                answers.append(ask(torch.cat([rollout.media for rollout in rollouts]), cases))
+            rewards = torch.cat([answer.result() for answer in answers])
+        return rollouts, rewards
+
+    def walk(self, job: Job, cases: Sequence[Case], kernel: Kernel, trained: range) -> Rollout:
+        """One micro-batch of walks."""
+        driver, start = job.driver(cases), None
+        if self.config.same_start:  # one noise for the images of a prompt: only the steps explore
+            firsts = {case.prompt: case.seed for case in reversed(list(cases))}
+            start = job.driver([case.with_seed(firsts[case.prompt]) for case in cases]).start()
+        keep = self.config.credit.weighting == "ratio_norm"
+        return sample(driver, kernel, trained, convention=self.config.density, keep_means=keep, x=start)
+
+    def step_rewards(self, job: Job, rollouts: Sequence[Rollout], rewards: Tensor) -> Tensor | None:
+        """Rewards (n, S) per trained step; without phases the image's one reward serves all."""
+        cuts = self.config.credit.phases
+        if not cuts:
+            return None
+        steps = rollouts[0].driver.length
+        levels = rollouts[0].driver.levels
+        ends = credit.phase_ends((levels.sigma / (levels.alpha + levels.sigma)).tolist(), cuts)
+        columns = [self._phase_values(job, rollout, [0, *ends[:-1]]) for rollout in rollouts]
+        final = (rewards * job.weights).sum(1, keepdim=True)
+        gains = credit.phase_gains(torch.cat([torch.cat(columns), final], 1), ends, steps)
+        return self.through_steps(gains, final)[:, rollouts[0].trained.start : rollouts[0].trained.stop]
+
+    def through_steps(self, gains: Tensor, final: Tensor) -> Tensor:
+        """Step gains (n, T) as the config credits them."""
+        chosen = credit.returns(gains, self.config.credit.gamma)
+        if self.config.credit.process == "renorm":
+            chosen = shaping.renorm(chosen, final[:, 0], self.config.credit.mu)
+        return chosen
+
+    def _phase_values(self, job: Job, rollout: Rollout, places: Sequence[int]) -> Tensor:
+        """What the clean estimates at some steps are worth: (B, len(places))."""
+        walk, levels = rollout.walk, rollout.driver.levels
+        columns = []
+        with torch.no_grad():
+            for i in places:
+                clean = levels.denoised(walk.latents[i], walk.predictions[i], i)
+                columns.append(job.score(media.to_tensor(rollout.driver.decode(clean)).float(), rollout.cases))
+        return torch.stack([(column * job.weights).sum(1) for column in columns], 1)
+
+    def deal(self, job: Job, rollouts: Sequence[Rollout], found: Advantages) -> None:
+        """Give every rollout its rows of the advantages, one for each trained step."""
+        first = job.rank * sum(len(rollout.cases) for rollout in rollouts)
+        for rollout in rollouts:
+            rows, steps = slice(first, first + len(rollout.cases)), len(rollout.trained)
+            values = found.values[rows]
+            values = values[:, None].expand(-1, steps) if values.ndim == 1 else values
+            if self.config.credit.similarity == "coca":
+                told = self.config.credit
+                weights = credit.coca(similarities(rollout), told.window, told.alpha)
+                values = values * weights[:, rollout.trained.start : rollout.trained.stop].cpu()
+            rollout.advantages = values.contiguous()
+            rollout.walk.predictions = []
+            first += len(rollout.cases)
+
+    # learning
+
+    def learn(self, job: Job, micro: Rollout, share: float) -> dict[str, Tensor]:
+        """Replay a micro-batch with gradients; each step's backward runs at once."""
+        sums, steps = dict.fromkeys(FIGURES, torch.zeros(())), len(micro.trained)
+        if not self.teaches(micro):
+            return sums | {"ratio_mean": torch.tensor(share)}
+        base, h = self.reference(job, micro), self.sizes(micro)
+        weights = credit.STEP_WEIGHTS[self.config.credit.weighting](self.deviations(micro), h)
+
+        def on_step(i: int, prediction: Tensor, transition: Transition, log_prob: Tensor) -> None:
+            k = i - micro.trained.start
+            seen = Seen(micro, k, float(h[k]), log_prob, transition, prediction, base.get(i))
+            policy, penalty, told = self.loss(seen)
+            loss = (policy * float(weights[k]) + penalty).mean()
+            for name, value in {**told, "loss": loss}.items():
+                sums[name] = sums[name] + value.detach().float().mean().cpu() * (share / steps)
+            job.backward(loss * (share / steps))
+
+        micro.replay(self.config.density, on_step)
+        return sums
+
+    def sizes(self, micro: Rollout) -> Tensor:
+        """How far each trained step goes down in noise level (S,)."""
+        sigma = micro.driver.levels.sigma
+        return torch.stack([sigma[i] - sigma[i + 1] for i in micro.trained]).float()
+
+    def deviations(self, micro: Rollout) -> Tensor:
+        """The standard deviation of each trained step (S,)."""
+        levels, x = micro.driver.levels, micro.walk.latents[0][:1]
+        return torch.tensor([micro.kernel(levels, x, x, i).std for i in micro.trained])
+
+    def teaches(self, micro: Rollout) -> bool:
+        """Whether a replay of this micro-batch could move anything."""
+        return bool(micro.advantages.any()) or self.config.beta > 0
+
+    def reference(self, job: Job, micro: Rollout) -> dict[int, tuple[Transition, Tensor]]:
+        """Transition and prediction of the base model at every trained step, where a penalty asks for them."""
+        found: dict[int, tuple[Transition, Tensor]] = {}
+        if not self.config.beta:
+            return found
+
+        def keep(i: int, prediction: Tensor, transition: Transition, log_prob: Tensor) -> None:
+            found[i] = transition, prediction
+
+        with torch.no_grad(), job.trained.reference():
+            micro.replay(self.config.density, keep, grad=False)
+        return found
+
+    def loss(self, seen: Seen) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The policy loss (B,) of one step, its penalty (B,), and the figures of FIGURES that it knows."""
+        raise NotImplementedError

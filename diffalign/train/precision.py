@@ -1,0 +1,59 @@
+"""Half precision where it belongs: inside the denoiser, with float32 latents and predictions around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def autocast(modules: Iterable[nn.Module], precision: str) -> Iterator[None]:
+    """For the length of the block each module computes under autocast and answers in float32."""
+    if precision not in DTYPES:
+        yield
+        return
+    with ExitStack() as stack:
+        for module in modules:
+            cast = _Autocast(DTYPES[precision])
+            for hook in (
+                module.register_forward_pre_hook(cast.enter, with_kwargs=True, prepend=True),
+                module.register_forward_hook(cast.leave, always_call=True),
+            ):
+                stack.callback(hook.remove)
+        yield
+
+
+class _Autocast:
+    """Hooks that open and close autocast around each forward of one module."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.open: list[Any] = []
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        device = next((p.device.type for p in module.parameters()), "cpu")
+        block = torch.autocast(device, self.dtype)
+        block.__enter__()
+        self.open.append(block)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.open:  # a forward that raised before it began has none
+            self.open.pop().__exit__(None, None, None)
+        return in_float32(output)
+
+
+def in_float32(value: Any) -> Any:
+    """Every floating tensor of a module's answer as float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return type(value)(**{k: in_float32(v) for k, v in value.items()})
+    if isinstance(value, tuple | list):
+        return type(value)(in_float32(v) for v in value)
+    return value

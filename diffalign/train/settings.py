@@ -1,0 +1,128 @@
+"""What a fine-tuning job is told: one frozen dataclass, with a smaller one for each part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from diffalign.errors import ConfigError
+from diffalign.train.adapters import AdapterConfig
+from diffalign.train.advantage import AdvantageConfig
+from diffalign.train.watch import WatchConfig
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and the rate it walks at."""
+
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    epsilon: float = 1e-8
+    warmup: int = 0  # updates of linear warm-up
+    decay: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 at the last update
+    clip_norm: float = 1.0  # largest gradient norm; a larger gradient is scaled down to it
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ConfigError(
+                f"optim.learning_rate is {self.learning_rate}, but nothing is learnt unless it is above 0."
+            )
+        if not self.clip_norm > 0:
+            raise ConfigError(f"optim.clip_norm is {self.clip_norm}, but it must be above 0; 1e9 never clips.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is drawn again and again to see where training goes: fixed prompts and seeds, the stock sampler."""
+
+    prompts: str | None = None  # file of prompts
+    split: Literal["heldout", "hard", "train"] | None = None  # prompt set of the shapes world
+    limit: int = 120  # prompts
+    per_prompt: int = 1  # images of each; diversity within prompts needs 2 or more
+    every: int = 50  # steps; each evaluation is also a checkpoint
+    batch: int = 40  # images at once
+    keep: int = 16  # pictures that stay in samples/step-N
+    averaged: bool = True  # draw with the averaged weights, those that are saved
+    call: dict[str, Any] = field(default_factory=dict)  # arguments of the stock call, over the model's card
+    kl_prompts: int = 8  # prompts whose stochastic walks measure the divergence from the base model; 0 leaves it out
+
+    def __post_init__(self) -> None:
+        if self.prompts is not None and self.split is not None:
+            raise ConfigError("evaluate has both prompts and split. Give one of them.")
+        for name in ("limit", "per_prompt", "every", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, but it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One fine-tuning job."""
+
+    objective: str | dict[str, Any] = "flow_grpo"  # a name, or the name with its settings
+    reward: tuple[str, ...] | dict[str, Any] | str = ()  # what is raised
+    truth: str | None = None  # an exact judge where there is one; logged, never trained on
+    panel: tuple[str, ...] | dict[str, Any] = ()  # held-out rewards that only watch
+    prompts: str | None = None  # file of training prompts
+    split: Literal["train", "heldout", "hard"] | None = None  # or a prompt set of the shapes world
+    limit: int | None = None  # use only so many prompts
+    steps: int = 300  # rollouts; each is followed by `updates` optimiser steps
+    minutes: float | None = None  # end after the step during which so much time has passed, resumed parts included
+    groups: int = 12  # prompts in a step, over all processes
+    group_size: int = 12  # images of each; their mean is the baseline
+    micro_batch: int = 16  # images at once, sampling and learning alike: the ratio is exactly 1 only then
+    updates: int = 1  # optimiser steps from one rollout; from the second on the ratio leaves 1
+    sampling: dict[str, Any] = field(default_factory=dict)  # arguments of the call while training, over the model's
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    ema: float = 0.9  # share of the average kept; 0 evaluates and saves the raw weights
+    ema_every: int = 8  # updates between two averagings
+    precision: Precision = "no"  # autocast of the denoiser; weights that are trained stay float32
+    gradient_checkpointing: bool = False  # a second forward instead of kept activations
+    compile: bool = False  # torch.compile of the denoiser: minutes at first, faster after
+    overlap: bool = True  # score in a thread while the next batch of the same rollout is sampled
+    invalid_limit: float = 0.2  # share of images a reward may fail on before the run stops
+    checkpoint_every: int | None = None  # steps; by default at every evaluation
+    keep: int = 2  # checkpoints that stay beside the best
+    resume: str = "auto"  # auto, never, or the folder of a checkpoint
+    force: bool = False  # resume although settings changed
+    trackers: tuple[str, ...] = ("auto",)  # tensorboard, trackio, wandb; auto is tensorboard where installed
+    preflight: bool = True  # try the ratio, the gradient and the reward on the real pipeline first
+
+    def __post_init__(self) -> None:
+        if self.prompts is not None and self.split is not None:
+            raise ConfigError("the job has both prompts and split. Give one of them.")
+        for name in ("steps", "groups", "group_size", "micro_batch", "updates", "ema_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but it must be at least 1.")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema is {self.ema}, but the share of the average that is kept lies in [0, 1).")
+        if not 0 < self.invalid_limit <= 1:
+            raise ConfigError(f"invalid_limit is {self.invalid_limit}, but a share of images lies in (0, 1].")
+
+    @property
+    def images(self) -> int:
+        """Images of one step, over all processes."""
+        return self.groups * self.group_size
+
+    @property
+    def objective_name(self) -> str:
+        return named(self.objective)[0]
+
+
+def named(spec: str | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The name and the settings of `flow_grpo` or `{flow_grpo: {...}}`."""
+    if isinstance(spec, str):
+        return spec, {}
+    if len(spec) != 1:
+        raise ConfigError(f"objective has {len(spec)} names ({', '.join(map(str, spec)) or 'none'}). Give exactly one.")
+    name, given = next(iter(spec.items()))
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"objective.{name} is {given!r}, but it takes a mapping of settings.")
+    return str(name), given or {}

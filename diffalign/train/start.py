@@ -1,0 +1,199 @@
+"""From a pipeline and a config to a finished run: what the command line and a script call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign import atomic, config, scoring
+from diffalign.cases import Case
+from diffalign.drive import Driver
+from diffalign.errors import ConfigError, DiffalignError
+from diffalign.reward_specs import parse_spec
+from diffalign.train import adapters, alarm_page, checkpoint, data, evaluate, preflight, run_folder, tracking
+from diffalign.train.embeddings import PromptCache
+from diffalign.train.job import Job
+from diffalign.train.loop import Loop
+from diffalign.train.objective import Objective, make
+from diffalign.train.precision import autocast
+from diffalign.train.settings import TrainConfig
+from diffalign.train.summary import said, summary
+from diffalign.zoo.fit import keep_freed_memory
+
+Show = Callable[[int, Mapping[str, Any]], None]
+
+
+def train(
+    pipe: Any,
+    settings: TrainConfig,
+    *,
+    model: str = "",
+    call: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    out: str | Path = "out/train",
+    say: Callable[[str], None] = print,
+    show: Show = lambda step, row: None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Tune `pipe` in place and write a run folder; gives back what summary.json holds.
+
+    `call` has the stock arguments of this pipeline, such as steps and size. With `dry_run` only the preflight runs.
+    """
+    keep_freed_memory()
+    objective = make(settings.objective)
+    with ExitStack() as stack:
+        job = _job(pipe, settings, model=model, call=dict(call or {}), seed=seed, folder=Path(out), say=say)
+        stack.callback(job.trained.detach)
+        stack.enter_context(_dressed(job))
+        preflight.check(job, objective)
+        if dry_run:
+            return _dry(job, objective)
+        told = {"model": job.model, "seed": seed, "call": dict(call or {}), **config.plain(settings)}
+        place = _begin(job, told, stack)
+        names = tracking.chosen(settings.trackers)
+        track = tracking.tracker(job.accelerator, names if job.main else [], job.folder, told)
+        loop = Loop(job, objective, track=track)
+        if place is not None:
+            loop.restore(checkpoint.load(place, job.rank))
+            job.say(f"resumed at step {loop.step} from {place}")
+        elif settings.preflight:
+            for line in preflight.fly(job, objective).lines(job):
+                job.say(line)
+            torch.manual_seed(seed)
+        loop.run(show)
+        return _finish(loop)
+
+
+def _begin(job: Job, told: Mapping[str, Any], stack: ExitStack) -> Path | None:
+    """Lock and prepare the folder in the main process; every process learns the checkpoint to go on from, or why not."""
+    answer: list[Any] = [None, None]
+    if job.main:
+        try:
+            stack.enter_context(run_folder.locked(job.folder))
+            begun = run_folder.begin(job.folder, told, resume=job.config.resume, force=job.config.force)
+            answer = [begun.checkpoint, None]
+        except DiffalignError as error:
+            answer = [None, error]
+    if job.processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(answer)
+    place, error = answer
+    if error is not None:
+        raise error
+    return place
+
+
+def _job(
+    pipe: Any,
+    settings: TrainConfig,
+    *,
+    model: str,
+    call: dict[str, Any],
+    seed: int,
+    folder: Path,
+    say: Callable[[str], None],
+) -> Job:
+    """The job with its cases read, its rewards made and its adapter attached."""
+    from accelerate import Accelerator
+
+    members = parse_spec(settings.reward) if settings.reward else []
+    if not members:
+        raise ConfigError("the job has no reward, so there is nothing to raise. Add one, such as reward: {clip: 1.0}.")
+    prompts = data.read(data.PromptsConfig(file=settings.prompts, split=settings.split, limit=settings.limit))
+    monitor = _monitor(settings, prompts)
+    accelerator = Accelerator(
+        mixed_precision="fp16" if settings.precision == "fp16" else "no",  # bf16 needs no scaler; see `precision`
+        log_with=tracking.chosen(settings.trackers) or None,
+        project_dir=str(folder),
+    )
+    torch.manual_seed(seed)
+    training = call | settings.sampling
+    with torch.no_grad():
+        names = adapters.ran(Driver(pipe, [prompts[0]], **training))
+    trained = adapters.attach(pipe, settings.adapter, adapters.find_denoisers(pipe, settings.adapter.modules, names))
+    panel = [(reward.name, reward) for reward, _ in (parse_spec(settings.panel) if settings.panel else [])]
+    return Job(
+        config=settings,
+        pipe=pipe,
+        model=model or type(pipe).__name__,
+        call=training,
+        deployed=call | settings.evaluate.call,
+        prompts=prompts,
+        monitor=evaluate.monitor_cases(monitor, settings.evaluate.per_prompt, seed),
+        members=members,
+        trained=trained,
+        accelerator=accelerator,
+        folder=folder,
+        seed=seed,
+        truth=scoring.make_reward(settings.truth) if settings.truth else None,
+        panel=panel,
+        say=say if accelerator.is_main_process else lambda text: None,
+    )
+
+
+def _monitor(settings: TrainConfig, training: list[Case]) -> list[Case]:
+    """The prompts of every evaluation: their own set, or a share of the training prompts where none is named."""
+    asked = settings.evaluate
+    if asked.prompts is None and asked.split is None:
+        return training[: asked.limit]
+    cases = data.read(data.PromptsConfig(file=asked.prompts, split=asked.split))
+    spread = [cases[k * len(cases) // min(asked.limit, len(cases))] for k in range(min(asked.limit, len(cases)))]
+    if both := data.shared_prompts(training, spread):
+        warnings.warn(
+            f"{len(both)} of {len(spread)} evaluation prompts are trained on too, such as '{both[0][:60]}': what they show "
+            "is not held out.",
+            stacklevel=3,
+        )
+    return spread
+
+
+@contextmanager
+def _dressed(job: Job) -> Iterator[None]:
+    """The pipeline with what training adds around it: autocast, checkpointing, compilation, remembered prompts."""
+    config, denoisers = job.config, job.trained.denoisers
+    with ExitStack() as stack:
+        stack.enter_context(adapters.checkpointing(denoisers, config.gradient_checkpointing))
+        stack.enter_context(adapters.compiled(denoisers, config.compile))
+        stack.enter_context(autocast(denoisers.values(), config.precision))
+        stack.enter_context(PromptCache(job.pipe))
+        yield
+
+
+def _dry(job: Job, objective: Objective) -> dict[str, Any]:
+    found = preflight.fly(job, objective)
+    for line in found.lines(job):
+        job.say(line)
+    return {"dry_run": True, **vars(found)}
+
+
+def _finish(loop: Loop) -> dict[str, Any]:
+    """Save the result for stock pipelines, the curves and the summary."""
+    job = loop.job
+    rows, saved = loop.metrics.values.rows(), job.folder / "lora"
+    chosen = loop.chosen
+    with loop.averaged():
+        if job.main:
+            job.trained.save(saved)
+    found = summary(
+        rows,
+        loop.cost(),
+        loop.alarms,
+        chosen=chosen,
+        ended=loop.ended or "all steps done",
+        skipped_updates=loop.skipped,
+        load=job.trained.how_to_load(saved),
+    )
+    if job.main:
+        alarm_page.plot(rows, job.folder / "plot.png")
+        atomic.write_json(job.folder / "summary.json", found)
+        job.say(said(found))
+        job.say(f"the result is in {saved}; in a stock pipeline: {'; '.join(found['load'])}")
+    job.accelerator.wait_for_everyone()
+    job.accelerator.end_training()
+    return found

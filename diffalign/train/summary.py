@@ -1,0 +1,50 @@
+"""What a run came to: before and after with intervals, what it cost, and what the watch said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FIGURES = ("proxy", "truth", "heldout", "diversity")
+
+
+def summary(
+    rows: Sequence[Mapping[str, Any]], cost: Mapping[str, float], alarms: Sequence[Any], **more: Any
+) -> dict[str, Any]:
+    """The content of summary.json from the rows of metrics.jsonl; `chosen` names the step whose weights were saved."""
+    judged = [row for row in rows if row.get("proxy") is not None]
+    chosen = more.get("chosen")
+    last = next((row for row in judged if row["step"] == chosen), judged[-1] if judged else {})
+    return {
+        "before": _figures(judged[0]) if judged else {},
+        "after": _figures(last),
+        "steps": rows[-1]["step"] if rows else 0,
+        "seconds": cost["seconds"],
+        "model_calls": cost["nfe"],
+        "alarms": list(alarms),
+        **more,
+    }
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: {"mean": row[name], "lo": row.get(f"{name}_lo"), "hi": row.get(f"{name}_hi")}
+        for name in FIGURES
+        if row.get(name) is not None
+    }
+
+
+def said(found: Mapping[str, Any]) -> str:
+    """One line for people."""
+    parts = []
+    for name, before in found["before"].items():
+        after = found["after"].get(name)
+        if after is not None:
+            parts.append(f"{name} {_interval(before)} -> {_interval(after)}")
+    cost = f"{found['steps']} steps, {found['seconds'] / 60:.1f} minutes, {found['model_calls']:,} model rows"
+    return f"{'; '.join(parts)}; {cost}; {len(found['alarms'])} alarm(s)"
+
+
+def _interval(figure: Mapping[str, Any]) -> str:
+    ends = "" if figure["lo"] is None else f" [{figure['lo']:.3f}, {figure['hi']:.3f}]"
+    return f"{figure['mean']:.3f}{ends}"
