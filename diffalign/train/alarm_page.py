@@ -78,7 +78,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         for k, step in enumerate(held):
             label = "a rule of the watch holds" if k == 0 else None
             axis.axvline(step, color=PROXY, linewidth=0.8, alpha=0.35, zorder=0, label=label)
-    axes[0, 0].legend(frameon=False, fontsize=9)
+    if held:
+        axes[0, 0].legend(frameon=False, fontsize=9)
     place = Path(path)
     place.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(place, dpi=130)

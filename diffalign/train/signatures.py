@@ -43,6 +43,7 @@ class Signature:
 
 SIGNATURES: dict[str, Signature] = {
     "saturation": Signature(least=0.03, up="over-saturated", down="drained of colour"),
+    "vividness": Signature(least=0.05, up="garish: their strongest colours are too pure", down="pale, without strong colours"),
     "contrast": Signature(least=0.02, up="harsh in contrast", down="without contrast, as empty pictures are"),
     "clipped": Signature(least=0.03, up="full of pixels cut off at black, white or pure colour"),
     "sharpness": Signature(least=0.5, up="full of texture, noise or sharpened edges", down="blurred or empty"),
@@ -110,6 +111,7 @@ def _measure(media: Tensor) -> dict[str, Tensor]:
     high, low = media.amax(1), media.amin(1)
     told = {
         "saturation": ((high - low) / torch.where(high > 0, high, 1)).mean((1, 2)),
+        "vividness": _vividness(high - low),
         "contrast": luma.std((1, 2), correction=0),
         "clipped": ((high > 1 - LEVEL / 2) | (low < LEVEL / 2)).float().mean((1, 2)),
         "sharpness": (_laplacian(luma).var((1, 2), correction=0) + LEVEL**2).log(),
@@ -120,6 +122,12 @@ def _measure(media: Tensor) -> dict[str, Tensor]:
         "brightness": luma.mean((1, 2)),
     }
     return {name: torch.where(finite, value.to(finite.device), torch.nan) for name, value in told.items()}
+
+
+def _vividness(chroma: Tensor) -> Tensor:
+    """Mean distance between the largest and the smallest channel in the most colourful twentieth of a picture, (n,)."""
+    pixels = chroma.flatten(1)
+    return pixels.topk(max(1, pixels.shape[1] // 20)).values.mean(1)
 
 
 def _laplacian(luma: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def _job(
     members = parse_spec(settings.reward) if settings.reward else []
     if not members:
         raise ConfigError("the job has no reward, so there is nothing to raise. Add one, such as reward: {clip: 1.0}.")
-    prompts = data.read(data.PromptsConfig(file=settings.prompts, split=settings.split, limit=settings.limit))
+    prompts = _cases(settings.prompts, settings.split, settings.limit)
     monitor = _monitor(settings, prompts)
     accelerator = Accelerator(
         mixed_precision="fp16" if settings.precision == "fp16" else "no",  # bf16 needs no scaler; see `precision`
@@ -137,12 +137,17 @@ def _job(
     )
 
 
+def _cases(file: str | None, split: Any, limit: int | None = None) -> list[Case]:
+    """Prompts to train or to evaluate on; a prompt set of the shapes world repeats some on purpose, to weigh kinds."""
+    return data.read(data.PromptsConfig(file=file, split=split, limit=limit, keep_duplicates=split is not None))
+
+
 def _monitor(settings: TrainConfig, training: list[Case]) -> list[Case]:
     """The prompts of every evaluation: their own set, or a share of the training prompts where none is named."""
     asked = settings.evaluate
     if asked.prompts is None and asked.split is None:
         return training[: asked.limit]
-    cases = data.read(data.PromptsConfig(file=asked.prompts, split=asked.split))
+    cases = _cases(asked.prompts, asked.split)
     spread = [cases[k * len(cases) // min(asked.limit, len(cases))] for k in range(min(asked.limit, len(cases)))]
     if both := data.shared_prompts(training, spread):
         warnings.warn(

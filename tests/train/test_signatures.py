@@ -38,7 +38,7 @@ def test_every_statistic_has_a_meaning() -> None:
 
 def test_a_grey_picture_has_no_colour_no_contrast_and_no_detail() -> None:
     told = one(grey(0.5))
-    assert told["saturation"] == told["contrast"] == told["clipped"] == 0
+    assert told["saturation"] == told["vividness"] == told["contrast"] == told["clipped"] == 0
     assert told["flat"] == told["dominant"] == 1
     assert told["brightness"] == pytest.approx(0.5)
     assert told["sharpness"] == pytest.approx(math.log(1 / 255**2), abs=1e-3)
@@ -48,7 +48,7 @@ def test_pure_colours_are_saturated_and_clipped() -> None:
     red = grey(0)
     red[0] = 1
     told = one(red)
-    assert told["saturation"] == told["clipped"] == 1
+    assert told["saturation"] == told["vividness"] == told["clipped"] == 1
     assert told["brightness"] == pytest.approx(vision.LUMA[0])
 
 
@@ -139,6 +139,7 @@ def test_nothing_has_moved_at_the_base_and_a_constant_base_has_a_unit() -> None:
     ("name", "rises", "spoil"),
     [
         ("saturation", 1, lambda m: (m.mean(1, keepdim=True) + (m - m.mean(1, keepdim=True)) * 3).clamp(0, 1)),
+        ("vividness", 1, lambda m: (m.mean(1, keepdim=True) + (m - m.mean(1, keepdim=True)) * 1.5).clamp(0, 1)),
         ("contrast", -1, lambda m: 0.5 + (m - 0.5) * 0.1),
         ("clipped", 1, lambda m: (0.5 + (m - 0.5) * 3).clamp(0, 1)),
         ("sharpness", 1, lambda m: (m + 0.3 * torch.rand(m.shape, generator=torch.Generator().manual_seed(0))) / 1.3),
