@@ -14,7 +14,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class List(Verb):
-    """List rewards, pipelines, models or configs.
+    """List rewards, pipelines, models, training objectives or configs.
 
     Rewards include those of installed plug-ins (entry points of the group diffalign.rewards). With names after
     `rewards`, their whole cards: what they see and miss, their options, weights and licence.
@@ -25,13 +25,14 @@ class List(Verb):
     diffalign ls rewards --json rewards.json
     diffalign ls pipelines --json pipelines.json
     diffalign ls models
+    diffalign ls objectives
     diffalign ls configs
     """
 
     NAME: ClassVar[str] = "ls"
     what: Annotated[
-        Literal["rewards", "pipelines", "models", "configs"],
-        Opt("rewards, pipelines, models or configs.", positional=True),
+        Literal["rewards", "pipelines", "models", "objectives", "configs"],
+        Opt("rewards, pipelines, models, objectives or configs.", positional=True),
     ]
     names: Annotated[tuple[str, ...], Opt("Rewards whose whole cards to show.", positional=True)] = ()
 
@@ -44,7 +45,8 @@ class List(Verb):
             listed = ls_rewards.cards(self.names) if self.names else ls_rewards.rows()
             (ls_rewards.show_cards if self.names else ls_rewards.show)(listed)
             return listed
-        listed, notes = {"pipelines": _pipelines, "models": _models, "configs": _configs}[self.what]()
+        kinds = {"pipelines": _pipelines, "models": _models, "objectives": _objectives, "configs": _configs}
+        listed, notes = kinds[self.what]()
         print_table(listed)
         for row, note in zip(listed, notes, strict=False):
             print(f"{row['name']}: {note}")
@@ -84,6 +86,13 @@ def _models() -> tuple[Rows, list[str]]:
     from diffalign.cli.zoo import model_rows
 
     return model_rows(), []
+
+
+def _objectives() -> tuple[Rows, list[str]]:
+    from diffalign.train import objective
+
+    about = [objective.about(name) for name in objective.names()]
+    return [{"name": name, "settings": len(fields)} for name, _, fields in about], [told for _, told, _ in about]
 
 
 def _configs() -> tuple[Rows, list[str]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from diffalign.vision import LUMA
 
 POOL, CELLS, DIRECTIONS = 8, 4, 6  # of `plain_features`: side of the pooled picture, of its cells, bins of direction
+CHUNK = 16  # pictures looked at together
 ANCHOR = 0.25  # length of the constant part, beside which an empty picture still has a direction
 
 
@@ -83,7 +84,10 @@ def plain_features(media: Tensor) -> Tensor:
     """
     if media.ndim == 5:
         return torch.stack([plain_features(video).mean(0) for video in media])
-    media = media.float()
+    return torch.cat([_plain_features(part.float()) for part in torch.split(media, CHUNK)])
+
+
+def _plain_features(media: Tensor) -> Tensor:
     pooled = (F.adaptive_avg_pool2d(media, POOL) - 0.5).flatten(1) * 2 / math.sqrt(3 * POOL * POOL)
     luma = torch.einsum("nchw,c->nhw", media, torch.tensor(LUMA, device=media.device))
     dy, dx = (luma[:, 1:, :-1] - luma[:, :-1, :-1]), (luma[:, :-1, 1:] - luma[:, :-1, :-1])
@@ -91,7 +95,8 @@ def plain_features(media: Tensor) -> Tensor:
     turn = (torch.atan2(dy, dx) + math.pi) / (2 * math.pi)
     edges = [k / DIRECTIONS for k in range(DIRECTIONS + 1)]
     bins = [strength * ((turn >= low) & ((turn < high) | (high == 1.0))) for low, high in pairwise(edges)]
-    drawn = F.adaptive_avg_pool2d(torch.stack(bins, 1), CELLS).flatten(1).sqrt() / math.sqrt(CELLS)
+    cells = torch.stack([F.adaptive_avg_pool2d(each, CELLS) for each in bins], 1)  # (n, 6, 4, 4)
+    drawn = cells.flatten(1).sqrt() / math.sqrt(CELLS)
     return torch.cat([pooled, drawn, torch.full_like(pooled[:, :1], ANCHOR)], -1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffalign import atomic, media, scoring
 from diffalign.cases import Case, batched, derived_seed
+from diffalign.clip_tower import ClipTower
 from diffalign.drive import Driver
 from diffalign.intervals import bootstrap
 from diffalign.noise import Kernel, ddim, flow_sde
@@ -45,9 +46,12 @@ def evaluate(job: Job, step: int, training: Mapping[str, float]) -> Evaluation:
             columns.setdefault("truth", []).append(rate(job.truth, made, chunk))
         for name, reward in job.panel:
             columns.setdefault(f"panel {name}", []).append(rate(reward, made, chunk))
+        if job.tower is not None:
+            columns.setdefault("features", []).append(_embedded(job.tower, made))
     found = {name: torch.cat(column) for name, column in columns.items()}
     found["media"] = (torch.cat(pixels) * 255).round().to(torch.uint8)
     whole = _all(job, found, len(cases))
+    features = whole.get("features")
     return Evaluation(
         step=step,
         prompts=torch.arange(len(cases)) // each,
@@ -55,7 +59,8 @@ def evaluate(job: Job, step: int, training: Mapping[str, float]) -> Evaluation:
         panel={name: whole[f"panel {name}"] for name, _ in job.panel},
         truth=whole.get("truth"),
         media=whole["media"].float() / 255,
-        features=None,
+        features=features,
+        prompt_margin=None if features is None else prompt_margin(job, features),
         kl=divergence(job),
         training=dict(training),
     )
@@ -67,6 +72,26 @@ def draw(job: Job, cases: Sequence[Case]) -> Tensor:
     made = media.to_tensor(driver.rollout(quiet=True).media).float().cpu()
     media.require_finite(made, type(job.pipe).__name__)
     return (made.clamp(0, 1) * 255).round() / 255
+
+
+def _embedded(tower: ClipTower, made: Tensor) -> Tensor:
+    """Embeddings (B, D) of pictures; of a video, the mean over its frames."""
+    if made.ndim == 4:
+        return tower.images(made).cpu()
+    each = tower.images(made.flatten(0, 1)).cpu()
+    return each.view(made.shape[0], made.shape[1], -1).mean(1)
+
+
+def prompt_margin(job: Job, features: Tensor) -> Tensor | None:
+    """How much closer each picture is to its own prompt than to that of another (N,)."""
+    assert job.tower is not None
+    prompts = [case.prompt for case in job.monitor]
+    each = job.config.evaluate.per_prompt
+    if len(set(prompts)) < 2:
+        return None
+    texts = job.tower.texts(prompts, torch.device("cpu"))
+    others = texts.roll(each, 0)
+    return (features * (texts - others)).sum(1)
 
 
 def divergence(job: Job) -> float:
@@ -155,7 +180,7 @@ def keep_base(folder: Path, found: Evaluation) -> None:
     from safetensors.torch import save
 
     pixels = (found.media * 255).round().to(torch.uint8)
-    atomic.write_bytes(folder / BASE, save({"media": pixels, "proxy": found.proxy.float()}))
+    atomic.write_bytes(folder / BASE, save({"media": pixels.contiguous(), "proxy": found.proxy.float()}))
 
 
 def kept_base(folder: Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffalign import scoring
 from diffalign.budget import Budget
 from diffalign.cases import Case
+from diffalign.clip_tower import ClipTower
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError, DiffalignError
 from diffalign.memory import Memory
@@ -47,6 +48,7 @@ class Job:
     budget: Budget = field(default_factory=Budget)
     truth: Reward | None = None
     panel: Sequence[tuple[str, Reward]] = ()
+    tower: ClipTower | None = None  # what variety is measured in
     say: Callable[[str], None] = lambda text: None  # a line for people
 
     # processes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,13 @@ class Objective(Protocol):
 def names() -> list[str]:
     """Every objective there is."""
     return sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))
+
+
+def about(name: str) -> tuple[str, str, list[str]]:
+    """An objective's name, the first sentence of its file, and its settings."""
+    module = importlib.import_module(f"{objectives.__name__}.{name}")
+    told = " ".join((module.__doc__ or "").partition("\n\n")[0].split())
+    return name, told, [field.name for field in dataclasses.fields(module.OBJECTIVE.settings)]
 
 
 def make(spec: str | Mapping[str, Any]) -> Objective:

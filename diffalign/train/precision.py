@@ -39,7 +39,7 @@ class _Autocast:
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         device = next((p.device.type for p in module.parameters()), "cpu")
         block = torch.autocast(device, self.dtype)
-        block.__enter__()
+        block.__enter__()  # type: ignore[no-untyped-call]
         self.open.append(block)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -48,6 +48,8 @@ class EvaluateConfig:
     keep: int = 16  # pictures that stay in samples/step-N
     averaged: bool = True  # draw with the averaged weights, those that are saved
     call: dict[str, Any] = field(default_factory=dict)  # arguments of the stock call, over the model's card
+    tower: str | None = "auto"  # CLIP whose embeddings tell variety and whether prompts still count; auto is shapes-clip
+    # for embedded models and plain pixels for others; never the CLIP that trains, which would be fooled with it
     kl_prompts: int = 8  # prompts whose stochastic walks measure the divergence from the base model; 0 leaves it out
 
     def __post_init__(self) -> None:

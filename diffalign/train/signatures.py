@@ -43,7 +43,9 @@ class Signature:
 
 SIGNATURES: dict[str, Signature] = {
     "saturation": Signature(least=0.03, up="over-saturated", down="drained of colour"),
-    "vividness": Signature(least=0.05, up="garish: their strongest colours are too pure", down="pale, without strong colours"),
+    "vividness": Signature(
+        least=0.05, up="garish: their strongest colours are too pure", down="pale, without strong colours"
+    ),
     "contrast": Signature(least=0.02, up="harsh in contrast", down="without contrast, as empty pictures are"),
     "clipped": Signature(least=0.03, up="full of pixels cut off at black, white or pure colour"),
     "sharpness": Signature(least=0.5, up="full of texture, noise or sharpened edges", down="blurred or empty"),

@@ -12,6 +12,7 @@ import torch
 
 from diffalign import atomic, config, scoring
 from diffalign.cases import Case
+from diffalign.clip_tower import EMBEDDED, ClipTower
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError, DiffalignError
 from diffalign.reward_specs import parse_spec
@@ -133,8 +134,18 @@ def _job(
         seed=seed,
         truth=scoring.make_reward(settings.truth) if settings.truth else None,
         panel=panel,
+        tower=_tower(settings.evaluate.tower, model),
         say=say if accelerator.is_main_process else lambda text: None,
     )
+
+
+def _tower(asked: str | None, model: str) -> ClipTower | None:
+    """The CLIP that variety is measured in; None measures pixels."""
+    from diffalign import zoo
+
+    if asked == "auto":
+        return ClipTower(EMBEDDED) if model in zoo.names() else None
+    return None if asked is None else ClipTower(asked)
 
 
 def _cases(file: str | None, split: Any, limit: int | None = None) -> list[Case]:

@@ -7,19 +7,16 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from diffalign import world
 from diffalign.errors import ConfigError
-from diffalign.train import alarm_page
-from diffalign.train.watch import Alarm, Evaluation, Verdict, Watch, WatchConfig
+from diffalign.train.watch import Evaluation, Verdict, Watch, WatchConfig
 
 COUNT, EACH = 16, 4
 ROWS = COUNT * EACH
@@ -324,27 +321,3 @@ def test_an_evaluation_that_cannot_be_compared_is_refused(change: dict[str, Any]
 def test_a_config_that_means_nothing_is_refused(setting: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         WatchConfig(**setting)
-
-
-def test_an_alarm_leaves_a_sheet_and_its_words(tmp_path: Path) -> None:
-    alarm = Alarm("flat_high", 40, 0.2, 0.1, "Blank.", (5, 3))
-    place = alarm_page.write_alarm(
-        alarm, tmp_path, base(), base(), prompts=["a red square"] * ROWS, rewards=(drawn(1, ROWS), drawn(2, ROWS))
-    )
-    assert place == tmp_path / "alarms" / "step-40-flat_high"
-    assert json.loads((place / "alarm.json").read_text()) == alarm.json()
-    with Image.open(place / "sheet.png") as sheet:
-        assert min(sheet.size) > 250
-    videos = base()[:8].reshape(4, 2, 3, 64, 64)
-    assert (alarm_page.write_alarm(replace(alarm, images=()), tmp_path, videos, videos) / "sheet.png").exists()
-
-
-@pytest.mark.parametrize("rows", [[], [{"step": 0, "loss": 1.0}, {"step": 0, "proxy": 0.1, "truth": None}]])
-def test_a_run_is_drawn_whatever_is_known_of_it(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    watch = Watch()
-    for k in range(3):
-        told = watch.observe(evaluation(k, base(), k, kl=0.1 * k)).metrics
-        rows = [*rows, {"step": k, "proxy": 0.1 * k, "proxy_lo": 0.0, "proxy_hi": 1.0, **told, "alarms": float(k)}]
-    with Image.open(alarm_page.plot(rows, tmp_path / "plot.png")) as picture:
-        assert min(picture.size) > 500
-    assert alarm_page.plot([], tmp_path / "empty" / "plot.png").exists()
