@@ -17,6 +17,7 @@ import yaml
 from diffalign.errors import ConfigError
 
 T = TypeVar("T")
+WORDS = {False: ("no", "off"), True: ("yes", "on")}  # what YAML reads as a truth value where a setting means the word
 
 
 class _Loader(yaml.SafeLoader):
@@ -101,6 +102,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value in args and type(value) in {type(a) for a in args}:
             return value
+        if isinstance(value, bool) and (word := next((w for w in WORDS[value] if w in args), None)):
+            return word
         raise _wrong(value, "one of " + ", ".join(map(repr, args)), where, value, args)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else _dataclass(hint, value, where)

@@ -97,16 +97,19 @@ def checkpointed(modules: Iterable[torch.nn.Module], *, on: bool) -> Iterator[No
 
 
 @contextmanager
-def steady(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+def steady(modules: Iterable[torch.nn.Module], *, every_half: bool = False) -> Iterator[None]:
     """Run a block in which autoencoders that must decode in float32 stay in float32.
 
     Stock calls turn such a half-precision autoencoder up to decode and down again after, which changes its weights
-    under the feet of a backward pass that is yet to come.
+    under the feet of a backward pass that is yet to come. With `every_half` all half-precision ones are held, for
+    latents that are float32 whatever the model's dtype.
     """
     with ExitStack() as stack:
         for module in modules:
             raised = getattr(getattr(module, "config", None), "force_upcast", False)
-            if raised and getattr(module, "dtype", None) == torch.float16:
+            dtype = getattr(module, "dtype", None)
+            half = every_half and dtype in (torch.float16, torch.bfloat16)
+            if (raised and dtype == torch.float16) or (half and hasattr(module, "decode")):
                 stack.enter_context(_in_float32(module))
         yield
 

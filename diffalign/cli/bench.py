@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from diffalign.cli.bench_credit import Credit
 from diffalign.cli.bench_judges import Judges, Server
+from diffalign.cli.bench_loop import LoopBench
 from diffalign.cli.bench_rewards import Rewards
 from diffalign.cli.bench_said import said
 from diffalign.cli.bench_scores import Mixing, Scoring
 from diffalign.cli.bench_search import Search
+from diffalign.cli.bench_train import TrainBench
+from diffalign.cli.bench_watch import WatchBench
 from diffalign.cli.verb import Opt, Verb
 from diffalign.errors import ConfigError
 
@@ -90,4 +94,17 @@ class Pace(Verb):
         return found
 
 
-VERBS: tuple[type[Verb], ...] = (Seam, Pace, Search, Rewards, Scoring, Mixing, Judges, Server)
+VERBS: tuple[type[Verb], ...] = (
+    Seam,
+    Pace,
+    Search,
+    Rewards,
+    Scoring,
+    Mixing,
+    Judges,
+    Server,
+    Credit,
+    TrainBench,
+    WatchBench,
+    LoopBench,
+)

@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar
 from diffalign.cli.model import ModelVerb
 from diffalign.cli.verb import Opt
 
+ASKED = "asked to stop"  # as the loop puts it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train(ModelVerb):
@@ -31,8 +33,8 @@ class Train(ModelVerb):
     diffalign train flow_grpo_shapes --dry-run
     diffalign train configs/train/flow_grpo_shapes.yaml optim.learning_rate=1e-4 groups=8
     diffalign train flow_grpo_shapes reward='{clip: 1.0}' evaluate.every=20
-    diffalign train flow_grpo_sd35 --model stabilityai/stable-diffusion-3.5-medium prompts=my.txt
-    accelerate launch --num_processes 2 -m diffalign train flow_grpo_shapes
+    diffalign train flow_grpo_sd35_24gb prompts=my_prompts.txt evaluate.prompts=others.txt
+    accelerate launch --multi_gpu --num_processes 2 -m diffalign train flow_grpo_shapes
     diffalign ls objectives
     """
 
@@ -57,6 +59,10 @@ class Train(ModelVerb):
         with _bar(self.steps) as show:
             return self._train(show)
 
+    def status(self, result: Any) -> int:
+        """130 where someone asked it to stop, as after any interruption."""
+        return 130 if result.get("ended") == ASKED else 0
+
     def _train(self, show: Callable[[int, Mapping[str, Any]], None], *, dry_run: bool = False) -> dict[str, Any]:
         from diffalign.train.settings import TrainConfig
         from diffalign.train.start import train
@@ -69,6 +75,7 @@ class Train(ModelVerb):
             call=self.pipeline_call(),
             seed=self.seed,
             out=self.out or "out/train",
+            origin={name: getattr(self, name) for name in ("device", "dtype", "attention", "lora", "out")},
             say=_say,
             show=show,
             dry_run=dry_run,

@@ -168,7 +168,7 @@ def _execute(verb: type[Verb], asked: dict[str, Any], words: list[str], shared: 
     settings = _settings(verb, asked, words, shared["config"])
     if shared["dry_run"]:
         result: Any = {"dry_run": True, "config": as_json(settings), "cost": settings.cost()}
-        print(dump(settings) + "".join(f"# {key}: {value}\n" for key, value in settings.cost().items()), end="")
+        print(dump(settings) + "".join(f"# {key}: {value}\n" for key, value in result["cost"].items()), end="")
     else:
         if shared["json_file"]:
             atomic.require_file(shared["json_file"])

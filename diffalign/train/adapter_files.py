@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from diffalign.atomic import write_json
 from diffalign.errors import ModelError, OutputError
+from diffalign.train.ema import whole
 from diffalign.train.tensors_file import sync
 
 NOTE = "adapter.json"
@@ -91,10 +92,10 @@ def save_lora(pipe: Any, places: Mapping[str, Place], weights: Mapping[str, dict
         pipe.save_lora_weights(str(folder), **together)
 
 
-def save_full(pipe: Any, places: Mapping[str, Place], folder: Path, dtype: torch.dtype) -> None:
+def save_full(modules: Mapping[str, Any], places: Mapping[str, Place], folder: Path, dtype: torch.dtype) -> None:
     """Write each component in the diffusers layout, its floating-point weights in `dtype`."""
     for name, place in places.items():
-        module = getattr(pipe, name)
+        module = modules[name]
         kept = {t: t.data for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()}
         try:
             for tensor in kept:
@@ -103,6 +104,19 @@ def save_full(pipe: Any, places: Mapping[str, Place], folder: Path, dtype: torch
         finally:
             for tensor, data in kept.items():
                 tensor.data = data
+
+
+def whole_module(module: Any) -> Any:
+    """The module itself, or where it is sharded a whole copy on the CPU, for which every process must ask."""
+    if not any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+        return module
+    from torch.distributed.fsdp import FSDPModule
+
+    state = {name: whole(tensor).cpu() for name, tensor in module.state_dict().items()}
+    stock: Any = next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+    copy = stock.from_config(dict(module.config))
+    copy.load_state_dict(state, assign=True)
+    return copy
 
 
 def load(pipe: Any, folder: str | Path, name: str = "loaded") -> None:

@@ -21,7 +21,7 @@ from diffalign.errors import ConfigError
 from diffalign.restore import adapters_off, checkpointed
 from diffalign.train import adapter_files, lora, targets
 from diffalign.train.adapter_files import Place, load
-from diffalign.train.ema import check_names, fill, whole
+from diffalign.train.ema import check_names, fill, held, put, whole
 from diffalign.train.targets import find_denoisers, ran
 
 __all__ = [
@@ -124,14 +124,21 @@ class Trained:
         """The Python lines that load what `save` writes into a stock pipeline `pipe`."""
         return list(dict.fromkeys(place.line(name, str(folder)) for name, place in self.places.items()))
 
-    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-        """Write the weights for stock pipelines, whole or not at all; `dtype` is that of a full training's files."""
-        places = self.places
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32, *, main: bool = True) -> Path:
+        """Write the weights for stock pipelines, whole or not at all; `dtype` is that of a full training's files.
+
+        Every process calls it where weights are sharded; only the `main` one writes.
+        """
+        places, full = self.places, self.config.kind == "full"
+        weights = {} if full else self._by_component()
+        modules = {name: adapter_files.whole_module(module) for name, module in self.denoisers.items() if full}
+        if not main:
+            return Path(folder)
         with adapter_files.whole_folder(folder) as part:
-            if self.config.kind == "full":
-                adapter_files.save_full(self.pipe, places, part, dtype)
+            if full:
+                adapter_files.save_full(modules, places, part, dtype)
             else:
-                adapter_files.save_lora(self.pipe, places, self._by_component(), part)
+                adapter_files.save_lora(self.pipe, places, weights, part)
             adapter_files.write_note(self.pipe, places, part, str(folder), asdict(self.config))
         return Path(folder)
 
@@ -167,14 +174,14 @@ class Trained:
     @contextmanager
     def _from_start(self) -> Iterator[None]:
         kept = dict(self.named_parameters())
-        trained = {name: parameter.data for name, parameter in kept.items()}
+        trained = {name: held(parameter) for name, parameter in kept.items()}
         try:
             for name, parameter in kept.items():
-                parameter.data = self._start[name].to(parameter)
+                put(parameter, self._start[name].to(parameter.device, parameter.dtype))
             yield
         finally:
             for name, parameter in kept.items():
-                parameter.data = trained[name]
+                put(parameter, trained[name])
 
 
 def attach(pipe: Any, config: AdapterConfig, denoisers: Mapping[str, nn.Module] | None = None) -> Trained:

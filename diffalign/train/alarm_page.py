@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from diffalign import atomic, media
-from diffalign.bench.sheet import Entry, Picture, contact_sheet
 from diffalign.train.watch import Alarm
 
 SHOWN = 12  # pairs on a sheet
@@ -38,6 +37,8 @@ def write_alarm(
 
     `prompts` has the text of every image, `rewards` the proxy's of both evaluations.
     """
+    from diffalign.bench.sheet import Entry, Picture, contact_sheet  # which measures trainings too, and imports them
+
     folder = Path(out) / "alarms" / f"step-{alarm.step}-{alarm.signature}"
     entries = []
     for k in list(alarm.images or range(len(now)))[:SHOWN]:

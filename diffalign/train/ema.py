@@ -49,14 +49,14 @@ class Ema:
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Run a block with the averages in the model; the trained weights come back to the bit, whatever happens."""
-        kept = {name: weight.data for name, weight in self._weights.items()}
+        kept = {name: held(weight) for name, weight in self._weights.items()}
         try:
             for name, weight in self._weights.items():
-                weight.data = self._averages[name].to(weight, copy=True)
+                put(weight, self._averages[name].to(weight, copy=True))
             yield
         finally:
             for name, weight in self._weights.items():
-                weight.data = kept[name]
+                put(weight, kept[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages, float32, as copies; the decay depends on the step alone, so there is nothing else to keep."""
@@ -76,12 +76,26 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def held(weight: Tensor) -> Tensor:
+    """What `put` takes to bring a weight back."""
+    return weight.data.clone() if hasattr(weight, "device_mesh") else weight.data
+
+
+@torch.no_grad()
+def put(weight: Tensor, value: Tensor) -> None:
+    """Give a weight other values: another tensor, or where it is sharded, into the memory that its owner knows."""
+    if hasattr(weight, "device_mesh"):
+        fill(weight, value)
+    else:
+        weight.data = value
+
+
 def fill(own: Any, value: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded over processes."""
-    if hasattr(own, "device_mesh"):
+    if hasattr(own, "device_mesh") and not hasattr(value, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value.to(own.device, own.dtype), own.device_mesh, own.placements)
+        value = distribute_tensor(value.to(own.device, own.dtype), own.device_mesh, own.placements, src_data_rank=None)
     own.copy_(value)
 
 

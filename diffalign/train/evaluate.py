@@ -15,6 +15,7 @@ from diffalign.clip_tower import ClipTower
 from diffalign.drive import Driver
 from diffalign.intervals import bootstrap
 from diffalign.noise import Kernel, ddim, flow_sde
+from diffalign.train import diversity
 from diffalign.train.job import Job, rate
 from diffalign.train.rollout import sample
 from diffalign.train.watch import Evaluation
@@ -36,10 +37,12 @@ def monitor_cases(cases: Sequence[Case], per_prompt: int, seed: int) -> list[Cas
 def evaluate(job: Job, step: int, training: Mapping[str, float]) -> Evaluation:
     """Draw the monitor cases with the stock call and judge them; every process gets the whole."""
     cases, each = list(job.monitor), job.config.evaluate.per_prompt
-    mine = cases[job.rank :: job.processes]
-    pixels = [draw(job, chunk) for chunk in batched(mine, job.config.evaluate.batch)]
+    size = max(1, job.config.evaluate.batch // each) * each  # pictures of a prompt stay together
+    mine = [cases[k] for k in _share(job, job.rank)]
+    idle = len(_share(job, 0)) - len(mine)  # all processes call a model whose weights they share equally often
+    pixels = torch.cat([draw(job, chunk) for chunk in batched(mine + cases[:1] * idle, size)])[: len(mine)]
     columns: dict[str, list[Tensor]] = {}
-    for chunk, made in zip(batched(mine, job.config.evaluate.batch), pixels, strict=True):
+    for chunk, made in zip(batched(mine, size), torch.split(pixels, size), strict=True):
         scores = torch.stack([rate(reward, made, chunk) for reward, _ in job.members], dim=1)
         columns.setdefault("proxy", []).append((scores * job.weights).sum(1))
         if job.truth is not None:
@@ -49,8 +52,8 @@ def evaluate(job: Job, step: int, training: Mapping[str, float]) -> Evaluation:
         if job.tower is not None:
             columns.setdefault("features", []).append(_embedded(job.tower, made))
     found = {name: torch.cat(column) for name, column in columns.items()}
-    found["media"] = (torch.cat(pixels) * 255).round().to(torch.uint8)
-    whole = _all(job, found, len(cases))
+    found["media"] = (pixels * 255).round().to(torch.uint8)
+    whole = _all(job, found)
     features = whole.get("features")
     return Evaluation(
         step=step,
@@ -61,7 +64,7 @@ def evaluate(job: Job, step: int, training: Mapping[str, float]) -> Evaluation:
         media=whole["media"].float() / 255,
         features=features,
         prompt_margin=None if features is None else prompt_margin(job, features),
-        kl=divergence(job),
+        kl=job.from_main(divergence(job)),
         training=dict(training),
     )
 
@@ -117,28 +120,37 @@ def divergence(job: Job) -> float:
     return float(torch.stack(each).sum(0).mean()) if each else 0.0
 
 
-def _all(job: Job, mine: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+def _share(job: Job, rank: int) -> list[int]:
+    """The cases of a process: every so many-th prompt, with all its pictures."""
+    each = job.config.evaluate.per_prompt
+    return [k for k in range(len(job.monitor)) if k // each % job.processes == rank]
+
+
+def _all(job: Job, mine: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rows dealt out to the processes in turn, back in their order."""
     if job.processes == 1:
         return mine
     from accelerate.utils import gather_object
 
     parts: list[dict[str, Tensor]] = gather_object([mine])
-    order = torch.cat([torch.arange(count)[rank :: job.processes] for rank in range(job.processes)]).argsort()
+    order = torch.tensor([k for rank in range(job.processes) for k in _share(job, rank)]).argsort()
     return {name: torch.cat([part[name] for part in parts])[order] for name in mine}
 
 
 def figures(found: Evaluation, seed: int) -> dict[str, Any]:
-    """Proxy, truth and the panel as means over prompts with intervals."""
+    """Proxy, truth, the panel and the variety of the pictures as means over prompts with intervals."""
     told: dict[str, Any] = {}
     rows = {"proxy": found.proxy, "truth": found.truth, **{f"panel/{k}": v for k, v in found.panel.items()}}
+    if found.panel:
+        rows["heldout"] = torch.stack(list(found.panel.values())).mean(0)
     for name, values in rows.items():
         if values is None or not len(by_prompt := prompt_means(values, found.prompts)):
             continue
         interval = bootstrap(by_prompt, seed=seed)
         told |= {name: interval.mean, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
-    if panel := [told[f"panel/{name}"] for name in found.panel if f"panel/{name}" in told]:
-        told["heldout"] = sum(panel) / len(panel)
+    if each := variety(found):
+        interval = bootstrap(each, seed=seed)
+        told |= {"variety": interval.mean, "variety_lo": interval.lo, "variety_hi": interval.hi}
     return told
 
 
@@ -149,6 +161,13 @@ def prompt_means(values: Tensor, prompts: Tensor) -> list[float]:
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, prompts[known], values[known].double())
     rows = torch.zeros(count, dtype=torch.float64).index_add_(0, prompts[known], torch.ones(int(known.sum())).double())
     return (sums[rows > 0] / rows[rows > 0]).tolist()
+
+
+def variety(found: Evaluation) -> list[float]:
+    """For each prompt the mean distance of its pictures to one another; to those of other prompts if all have one."""
+    features = diversity.plain_features(found.media) if found.features is None else found.features
+    seen = diversity.measure(features, found.prompts)
+    return prompt_means(seen.others if bool(seen.own.isnan().all()) else seen.own, found.prompts)
 
 
 def keep_samples(job: Job, found: Evaluation) -> None:

@@ -72,6 +72,14 @@ class Job:
         found: Tensor = self.accelerator.gather(rows.to(self.device).contiguous())
         return found.to(rows.device)
 
+    def from_main(self, value: Any) -> Any:
+        """What the main process has here."""
+        if self.processes == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
     def mean(self, figures: Mapping[str, Tensor | float]) -> dict[str, float]:
         """The mean over processes of each figure."""
         names = sorted(figures)
@@ -79,6 +87,11 @@ class Job:
         if self.processes > 1 and names:
             values = self.gather(values[None]).mean(0)
         return dict(zip(names, values.tolist(), strict=True))
+
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether every process holds only its part of the weights."""
+        return any(hasattr(parameter, "device_mesh") for parameter in self.trained.parameters())
 
     @property
     def device(self) -> torch.device:
@@ -96,17 +109,25 @@ class Job:
         """Groups of this process; every group lives on one of them."""
         return self.config.groups // self.processes
 
+    def groups_of(self, rank: int) -> list[int]:
+        """The groups of a process: its share of what each update learns from, so that updates learn from the same
+        groups whatever the number of processes; one run of neighbours where the groups do not divide that way."""
+        count, parts = self.config.groups, self.config.updates
+        parts = parts if count % (parts * self.processes) == 0 else 1
+        whole, share = count // parts, count // parts // self.processes
+        return [part * whole + rank * share + k for part in range(parts) for k in range(share)]
+
     def cases_of(self, step: int) -> list[Case]:
         """The images this process makes in a step, group by group, each with a seed of its own."""
-        config, first = self.config, self.rank * self.groups_here
-        cases = self.sampler.cases_of(step, config.groups, config.group_size)
-        size = config.group_size
-        return cases[first * size : (first + self.groups_here) * size]
+        config, size = self.config, self.config.group_size
+        cases = self.sampler.cases_of(step, config.groups, size)
+        return [case for group in self.groups_of(self.rank) for case in cases[group * size : (group + 1) * size]]
 
     @cached_property
     def group_ids(self) -> Tensor:
-        """(N,) group of every image of a step, over all processes."""
-        return torch.arange(self.config.groups).repeat_interleave(self.config.group_size)
+        """(N,) group of every image of a step, over all processes in their order."""
+        groups = [group for rank in range(self.processes) for group in self.groups_of(rank)]
+        return torch.tensor(groups).repeat_interleave(self.config.group_size)
 
     @cached_property
     def memory(self) -> Memory:
@@ -172,20 +193,23 @@ class Job:
         self.accelerator.backward(loss)
 
     def share_gradients(self) -> None:
-        """The mean over processes of every gradient, in one exchange for each dtype."""
-        if self.processes == 1:
+        """The mean over processes of every gradient, in one exchange; what no process has a gradient for keeps none."""
+        if self.processes == 1 or self.sharded:  # shards exchange theirs in the backward pass
             return
         import torch.distributed as dist
 
-        for parameter in (parameters := self.trained.parameters()):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # type: ignore[union-attr]
+        named = self.trained.parameters()
+        found = torch.tensor([parameter.grad is not None for parameter in named], device=self.device).float()
+        dist.all_reduce(found)
+        reached = [parameter for parameter, count in zip(named, found.tolist(), strict=True) if count]
+        if not reached:
+            return
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in reached]
+        flat = torch.cat([grad.flatten() for grad in own])
         dist.all_reduce(flat)
-        for parameter, mean in zip(
-            parameters, (flat / self.processes).split([p.numel() for p in parameters]), strict=True
-        ):
-            parameter.grad.copy_(mean.view_as(parameter))  # type: ignore[union-attr]
+        means = torch.split(flat / self.processes, [grad.numel() for grad in own])
+        for parameter, mean in zip(reached, means, strict=True):
+            parameter.grad = mean.view_as(parameter)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,15 +12,16 @@ from typing import Any
 import torch
 
 from diffalign.errors import ModelError
-from diffalign.train import alarm_page, checkpoint, evaluate
+from diffalign.train import alarm_page, checkpoint, evaluate, interrupt, sharding
 from diffalign.train.checkpoint import Checkpoint
-from diffalign.train.ema import Ema
+from diffalign.train.ema import Ema, whole
 from diffalign.train.job import Job
 from diffalign.train.objective import Objective
 from diffalign.train.run_folder import Metrics
 from diffalign.train.watch import Verdict, Watch
 
 BAD_UPDATES = 3  # in a row that end the run: one may be an accident
+BAD_SCALES = 20  # the same where a scaler of half precision halves its scale from 65536 until nothing overflows
 
 
 class Loop:
@@ -42,29 +42,37 @@ class Loop:
         self.watch = Watch(config.watch)
         self.metrics = Metrics(job.folder)
         self.step = self.first = 0  # steps that are done, now and when this process began
+        self.resumed = False
         self.updates = self.bad = self.skipped = 0
         self.spent = {"seconds": 0.0, "nfe": 0}  # by earlier parts of a resumed run
+        self.judging = {"judging_seconds": 0.0, "judging_nfe": 0.0}  # what of all that went into evaluations
         self.since = time.perf_counter()
         self.alarms: list[dict[str, Any]] = []
         self.training: dict[str, float] = {}  # the latest figures of learning, for the watch
         self.stopping = False
         self.went_back: int | None = None  # the step whose weights the watch brought back
         self.ended = ""  # why the run ended before its last step
+        self.halted = ""  # the same where the watch ended it, which a resumed run abides by
 
     # the run
 
     def run(self, show: Callable[[int, Mapping[str, Any]], None]) -> None:
         """Train to the last step, or until the time is over, the watch says stop, or someone asks."""
-        config = self.job.config
-        with self._stoppable():
-            if self.step == 0:
+        config, self.since = self.job.config, time.perf_counter()
+        with interrupt.heard(self._asked):
+            if self.halted:
+                self._halt()
+            elif self.resumed and self.job.mean({"late": float(self._late())})["late"]:
+                self.ended = "the time is over"
+            if not self.resumed:
                 self.objective.prepare(self.job)
                 self._judge(show)
             while self.step < config.steps and not self.ended:
                 row = self._one_step()
                 self.step += 1
                 due = self.step % config.evaluate.every == 0 or self.step == config.steps
-                asked, late = self.job.mean({"stop": float(self.stopping), "late": float(self._late())}).values()
+                told = self.job.mean({"asked": float(self.stopping), "late": float(self._late())})
+                asked, late = told["asked"] > 0, told["late"] > 0
                 self.ended = "asked to stop" if asked else "the time is over" if late else ""
                 if due or late:
                     self._judge(show, row)
@@ -95,16 +103,23 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         job.share_gradients()
-        job.accelerator.unscale_gradients(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(job.trained.parameters(), job.config.optim.clip_norm))
+        if self._taught:
+            job.accelerator.unscale_gradients(self.optimizer)
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(job.trained.parameters(), job.config.optim.clip_norm)))
         told |= {"grad_norm": norm, "lr": rate}
-        self._apply(math.isfinite(norm) and math.isfinite(told.get("loss", 0.0)))
+        self._apply(math.isfinite(norm) and math.isfinite(told.get("loss", 0.0)), math.isfinite(told.get("loss", 0.0)))
         return told
 
-    def _apply(self, sound: bool) -> None:
+    @property
+    def _taught(self) -> bool:
+        """Whether there is any gradient: where all advantages are 0 there is none, and a scaler cannot do without."""
+        return any(parameter.grad is not None for parameter in self.job.trained.parameters())
+
+    def _apply(self, sound: bool, finite: bool) -> None:
         """Step where loss and gradient are finite; else skip, and end the run where that happens again and again."""
         scaler = self.job.accelerator.scaler
-        if sound or scaler is not None:  # a scaler skips by itself, and lowers its scale
+        most = BAD_SCALES if finite and scaler is not None else BAD_UPDATES
+        if self._taught and (sound or scaler is not None):  # a scaler skips by itself, and lowers its scale
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
@@ -112,7 +127,7 @@ class Loop:
         self.skipped += not sound
         if sound:
             self.ema.update(self.updates - 1)
-        if self.bad >= BAD_UPDATES:
+        if self.bad >= most:
             raise ModelError(
                 f"the loss or its gradient was not finite in {self.bad} updates in a row, the last in step {self.step}. "
                 "Nothing was learnt from them. Lower optim.learning_rate, or train in float32 (precision=no)."
@@ -125,11 +140,15 @@ class Loop:
         cosine = (1 + math.cos(math.pi * min(self.updates / last, 1.0))) / 2 if optim.decay == "cosine" else 1.0
         return optim.learning_rate * warm * cosine
 
+    def _asked(self) -> None:
+        self.stopping = True
+        self.job.say("stopping after this step; once more stops at once")
+
     # looking
 
     def _judge(self, show: Callable[[int, Mapping[str, Any]], None], row: Mapping[str, float] | None = None) -> None:
         """Evaluate, let the watch look, keep pictures and a checkpoint."""
-        job = self.job
+        job, begun = self.job, self.cost()
         with self.averaged():
             found = evaluate.evaluate(job, self.step, self.training)
         verdict = self.watch.observe(found)
@@ -139,16 +158,25 @@ class Loop:
                 evaluate.keep_base(job.folder, found)
         self._raise_alarms(verdict, found)
         line = {**(row or {}), **verdict.metrics, **evaluate.figures(found, job.seed), "kl_base": found.kl}
+        ended = self.cost()
+        for name in ("seconds", "nfe"):
+            self.judging[f"judging_{name}"] += ended[name] - begun[name]
         self._log(line, show)
-        self.save(verdict.best_step)
         if verdict.action in ("stop", "rollback"):
             names = ", ".join(alarm.signature for alarm in verdict.alarms)
-            self.ended = f"the watch says {verdict.action} ({names})"
-        if verdict.action == "rollback":
-            best = checkpoint.load(self._checkpoints / f"step-{verdict.best_step}", job.rank)
+            self.halted = f"the watch says {verdict.action} ({names})"
+            self.went_back = verdict.best_step if verdict.action == "rollback" else None
+        self.save(verdict.best_step)
+        if self.halted:
+            self._halt()
+
+    def _halt(self) -> None:
+        """End the run as the watch said, with the weights it said."""
+        self.ended = self.halted
+        if self.went_back is not None:
+            best = checkpoint.load(self._checkpoints / f"step-{self.went_back}", self.job.rank)
             self.restore(best, weights_only=True)
-            self.went_back = verdict.best_step
-            self.ended += f": back to step {verdict.best_step}"
+            self.ended += f": back to step {self.went_back}"
 
     def _raise_alarms(self, verdict: Verdict, found: Any) -> None:
         for alarm in verdict.alarms:
@@ -186,10 +214,11 @@ class Loop:
         show(self.step, {**row, **pace})
 
     def cost(self) -> dict[str, float]:
-        """Seconds and model calls so far, those before a resumption included."""
+        """Seconds and model calls so far, those before a resumption included, and what of them evaluations took."""
         return {
             "seconds": self.spent["seconds"] + self._seconds,
             "nfe": self.spent["nfe"] + self.job.budget.nfe * self.job.processes,
+            **self.judging,
         }
 
     @property
@@ -217,8 +246,9 @@ class Loop:
             "spent": self.cost(),
             "alarms": self.alarms,
             "training": self.training,
+            "halted": [self.halted, self.went_back],
             "trained": job.trained.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": sharding.gathered(self.optimizer.state_dict()),
             "ema": self.ema.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "objective": self.objective.state(),
@@ -246,37 +276,18 @@ class Loop:
         self.step, self.updates = int(state["step"]), int(state["updates"])
         self.bad, self.skipped = int(state["bad"]), int(state["skipped"])
         self.spent, self.alarms = dict(state["spent"]), list(state["alarms"])
+        self.judging = {name: self.spent.get(name, value) for name, value in self.judging.items()}
         self.training = dict(state["training"])
+        self.halted, self.went_back = ("", None) if self.job.config.force else state["halted"]
         self.optimizer.load_state_dict(state["optimizer"])
+        sharding.spread(self.optimizer)
         if self.job.accelerator.scaler is not None:
             self.job.accelerator.scaler.load_state_dict(state["scaler"])
         self.objective.restore(state["objective"])
         self.watch.load_state_dict(state["watch"])
-        self.first = self.step
+        self.first, self.resumed = self.step, True
         if found.rng is not None:
             checkpoint.restore_rng(found.rng)
-
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM ends the run after the present step, with a checkpoint; a second one at once."""
-
-        def ask(number: int, frame: Any) -> None:
-            if self.stopping:
-                raise KeyboardInterrupt
-            self.stopping = True
-            self.job.say("stopping after this step; once more stops at once")
-
-        kept = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                kept[number] = signal.signal(number, ask)
-        except ValueError:  # not the main thread, which alone hears signals
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in kept.items():
-                signal.signal(number, handler)
 
 
 def _parts(micros: Sequence[Any], count: int) -> list[Sequence[Any]]:

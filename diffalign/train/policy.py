@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from diffalign.train.objective import Collected
 from diffalign.train.rollout import Rollout, sample, similarities
 from diffalign.train.schedules import noise_levels
 
-
+STEP_SETS = ("group_step", "group_all", "batch_step")
 FIGURES = ("loss", "ratio_mean", "clip_low", "clip_high", "kl")  # what every micro-batch tells, as sums of shares
 
 
@@ -63,16 +63,30 @@ class PolicyGradient:
         """Refuse what cannot give an advantage or a ratio."""
         if job.config.group_size < 2:
             raise ConfigError(
-                f"group_size is {job.config.group_size}, and an image alone has no baseline: every advantage would be 0. "
-                "Use at least 2; 12 to 24 are usual."
+                f"group_size is {job.config.group_size}, and an image alone has no baseline: every advantage would be "
+                "0. Use at least 2; 12 to 24 are usual."
             )
         self.config.credit.require_source(self.dense)
+        self._require_sets(job.config.advantage.step_norm)
         driver = job.driver(job.prompts[:1])
         self.noise(job, 0)
         kernel = self.kernel_name(driver.levels.prediction)
         if kernel == "flow_sde" and driver.levels.prediction != "flow":
             raise SeamError(
-                f"noise.kernel is flow_sde, but {type(job.pipe).__name__} predicts {driver.levels.prediction}. Use ddim."
+                f"noise.kernel is flow_sde, but {type(job.pipe).__name__} predicts {driver.levels.prediction}. "
+                "Use ddim."
+            )
+
+    def _require_sets(self, over: str) -> None:
+        """Rewards per step need the sets they are normalised over; without such rewards there are none."""
+        if (self.dense or self.config.credit.phases) and over not in STEP_SETS:
+            raise ConfigError(
+                f"advantage.step_norm is {over}, but there is a reward for every step. Use group_step, which compares "
+                "the images of a prompt at each step, or group_all, which keeps small gains small."
+            )
+        if not (self.dense or self.config.credit.phases) and over != "none":
+            raise ConfigError(
+                f"advantage.step_norm is {over}, but an image has one reward. Leave it out, or set credit.phases."
             )
 
     def prepare(self, job: Job) -> None:
@@ -120,9 +134,12 @@ class PolicyGradient:
         """Walks in micro-batches and the rewards (n, K) of their images."""
         kernel, trained = self.noise(job, step)
         rollouts, answers = [], []
+        starts = self.starts(job, cases)
         with job.scoring() as ask:
-            for chunk in batched(list(cases), job.config.micro_batch):
-                rollouts.append(self.walk(job, chunk, kernel, trained))
+            for first, chunk in zip(
+                batched(starts, job.config.micro_batch), batched(cases, job.config.micro_batch), strict=True
+            ):
+                rollouts.append(self.walk(job, chunk, kernel, trained, first))
                 if not job.listwise:
                     answers.append(ask(rollouts[-1].media, chunk))
             if job.listwise:
@@ -130,12 +147,20 @@ class PolicyGradient:
             rewards = torch.cat([answer.result() for answer in answers])
         return rollouts, rewards
 
-    def walk(self, job: Job, cases: Sequence[Case], kernel: Kernel, trained: range) -> Rollout:
-        """One micro-batch of walks."""
+    def starts(self, job: Job, cases: Sequence[Case]) -> list[Case]:
+        """The cases whose start noise these walk from: their own, or the first one's of their group."""
+        size = job.config.group_size
+        if not self.config.same_start:
+            return list(cases)
+        return [case.with_seed(cases[k - k % size].seed) for k, case in enumerate(cases)]
+
+    def walk(
+        self, job: Job, cases: Sequence[Case], kernel: Kernel, trained: range, starts: Sequence[Case] = ()
+    ) -> Rollout:
+        """One micro-batch of walks, from the start noise of `starts` where that is not their own."""
         driver, start = job.driver(cases), None
-        if self.config.same_start:  # one noise for the images of a prompt: only the steps explore
-            firsts = {case.prompt: case.seed for case in reversed(list(cases))}
-            start = job.driver([case.with_seed(firsts[case.prompt]) for case in cases]).start()
+        if [case.seed for case in starts or cases] != [case.seed for case in cases]:
+            start = job.driver(starts).start()
         keep = self.config.credit.weighting == "ratio_norm"
         return sample(driver, kernel, trained, convention=self.config.density, keep_means=keep, x=start)
 
@@ -147,9 +172,9 @@ class PolicyGradient:
         steps = rollouts[0].driver.length
         levels = rollouts[0].driver.levels
         ends = credit.phase_ends((levels.sigma / (levels.alpha + levels.sigma)).tolist(), cuts)
-        columns = [self._phase_values(job, rollout, [0, *ends[:-1]]) for rollout in rollouts]
+        guesses = self.worth(job, rollouts, [0, *ends[:-1]], _guess)
         final = (rewards * job.weights).sum(1, keepdim=True)
-        gains = credit.phase_gains(torch.cat([torch.cat(columns), final], 1), ends, steps)
+        gains = credit.phase_gains(torch.cat([guesses, final], 1), ends, steps)
         return self.through_steps(gains, final)[:, rollouts[0].trained.start : rollouts[0].trained.stop]
 
     def through_steps(self, gains: Tensor, final: Tensor) -> Tensor:
@@ -159,15 +184,19 @@ class PolicyGradient:
             chosen = shaping.renorm(chosen, final[:, 0], self.config.credit.mu)
         return chosen
 
-    def _phase_values(self, job: Job, rollout: Rollout, places: Sequence[int]) -> Tensor:
-        """What the clean estimates at some steps are worth: (B, len(places))."""
-        walk, levels = rollout.walk, rollout.driver.levels
-        columns = []
-        with torch.no_grad():
+    def worth(
+        self, job: Job, rollouts: Sequence[Rollout], places: Sequence[int], show: Callable[[Rollout, int], Tensor]
+    ) -> Tensor:
+        """Rewards (n, len(places)) of what `show` makes of the walks at some steps."""
+        cases, columns = [case for rollout in rollouts for case in rollout.cases], []
+        with job.scoring() as ask, torch.no_grad():
             for i in places:
-                clean = levels.denoised(walk.latents[i], walk.predictions[i], i)
-                columns.append(job.score(media.to_tensor(rollout.driver.decode(clean)).float(), rollout.cases))
-        return torch.stack([(column * job.weights).sum(1) for column in columns], 1)
+                if job.listwise:  # groups stay whole, as in the rewards of the images
+                    columns.append([ask(torch.cat([show(rollout, i) for rollout in rollouts]), cases)])
+                else:
+                    columns.append([ask(show(rollout, i), rollout.cases) for rollout in rollouts])
+            scores = [torch.cat([answer.result() for answer in answers]) for answers in columns]
+        return torch.stack([(score * job.weights).sum(1) for score in scores], 1)
 
     def deal(self, job: Job, rollouts: Sequence[Rollout], found: Advantages) -> None:
         """Give every rollout its rows of the advantages, one for each trained step."""
@@ -189,7 +218,7 @@ class PolicyGradient:
     def learn(self, job: Job, micro: Rollout, share: float) -> dict[str, Tensor]:
         """Replay a micro-batch with gradients; each step's backward runs at once."""
         sums, steps = dict.fromkeys(FIGURES, torch.zeros(())), len(micro.trained)
-        if not self.teaches(micro):
+        if not self.teaches(micro) and not job.sharded:
             return sums | {"ratio_mean": torch.tensor(share)}
         base, h = self.reference(job, micro), self.sizes(micro)
         weights = credit.STEP_WEIGHTS[self.config.credit.weighting](self.deviations(micro), h)
@@ -216,6 +245,16 @@ class PolicyGradient:
         levels, x = micro.driver.levels, micro.walk.latents[0][:1]
         return torch.tensor([micro.kernel(levels, x, x, i).std for i in micro.trained])
 
+    def replayed(self, job: Job, micro: Rollout) -> tuple[Tensor, Tensor]:
+        """Log-densities of the trained steps under the weights that sampled, and under the present ones."""
+        with torch.enable_grad():  # as learning runs it
+            return micro.log_probs, micro.replay(self.config.density).detach()
+
+    def pretend(self, micro: Rollout) -> None:
+        """Advantages of both signs, to try a gradient with."""
+        micro.advantages = torch.ones(len(micro), len(micro.trained))
+        micro.advantages[1::2] = -1.0
+
     def teaches(self, micro: Rollout) -> bool:
         """Whether a replay of this micro-batch could move anything."""
         return bool(micro.advantages.any()) or self.config.beta > 0
@@ -236,3 +275,10 @@ class PolicyGradient:
     def loss(self, seen: Seen) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The policy loss (B,) of one step, its penalty (B,), and the figures of FIGURES that it knows."""
         raise NotImplementedError
+
+
+def _guess(rollout: Rollout, i: int) -> Tensor:
+    """Media (B, ...) of the clean latents that step i points to."""
+    walk, driver = rollout.walk, rollout.driver
+    clean = driver.levels.denoised(walk.latents[i], walk.predictions[i], i)
+    return media.to_tensor(driver.decode(clean)).float()

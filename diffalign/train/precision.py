@@ -14,19 +14,27 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def autocast(modules: Iterable[nn.Module], precision: str) -> Iterator[None]:
-    """For the length of the block each module computes under autocast and answers in float32."""
-    if precision not in DTYPES:
-        yield
-        return
+    """For the length of the block each module computes under autocast and answers in float32.
+
+    A module in half precision does so in its own dtype where no other is asked for: what it is given is float32.
+    """
     with ExitStack() as stack:
         for module in modules:
-            cast = _Autocast(DTYPES[precision])
+            dtype = DTYPES.get(precision) or _half(module)
+            if dtype is None:
+                continue
+            cast = _Autocast(dtype)
             for hook in (
                 module.register_forward_pre_hook(cast.enter, with_kwargs=True, prepend=True),
                 module.register_forward_hook(cast.leave, always_call=True),
             ):
                 stack.callback(hook.remove)
         yield
+
+
+def _half(module: nn.Module) -> torch.dtype | None:
+    """The half precision that some of a module's weights are in."""
+    return next((p.dtype for p in module.parameters() if p.dtype in DTYPES.values()), None)
 
 
 class _Autocast:

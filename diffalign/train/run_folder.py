@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -237,7 +238,9 @@ def _allow(changes: Sequence[Change], home: Path, free: Sequence[str], *, force:
 
 
 def _prepare(start: Start, home: Path, config: Any) -> None:
-    """Drop what lies after the start, and write the config down."""
+    """Drop what lies after the start and what an interruption left half-written, and write the config down."""
+    for part in start.folder.rglob(".*.part"):
+        part.unlink() if part.is_file() else shutil.rmtree(part, ignore_errors=True)
     if home != start.folder:
         for name in (METRICS, TIMING):
             if (home / name).exists():

@@ -103,6 +103,13 @@ class TrainConfig:
         for name in ("steps", "groups", "group_size", "micro_batch", "updates", "ema_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it must be at least 1.")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ConfigError(f"minutes is {self.minutes}, but a run needs some time. Leave it out for no limit.")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ConfigError(
+                f"checkpoint_every is {self.checkpoint_every}, but it counts steps from 1. Leave it out for a checkpoint "
+                "at every evaluation."
+            )
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}, but the share of the average that is kept lies in [0, 1).")
         if not 0 < self.invalid_limit <= 1:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffalign import atomic, config, scoring
 from diffalign.cases import Case
 from diffalign.clip_tower import EMBEDDED, ClipTower
 from diffalign.drive import Driver
-from diffalign.errors import ConfigError, DiffalignError
+from diffalign.errors import ConfigError
+from diffalign.judges.secrets import without_secrets
+from diffalign.restore import steady
 from diffalign.reward_specs import parse_spec
-from diffalign.train import adapters, alarm_page, checkpoint, data, evaluate, preflight, run_folder, tracking
+from diffalign.train import adapters, alarm_page, checkpoint, data, evaluate, preflight, processes, run_folder, sharding, tracking
 from diffalign.train.embeddings import PromptCache
 from diffalign.train.job import Job
 from diffalign.train.loop import Loop
@@ -37,24 +41,33 @@ def train(
     call: Mapping[str, Any] | None = None,
     seed: int = 0,
     out: str | Path = "out/train",
+    origin: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
     show: Show = lambda step, row: None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Tune `pipe` in place and write a run folder; gives back what summary.json holds.
 
-    `call` has the stock arguments of this pipeline, such as steps and size. With `dry_run` only the preflight runs.
+    `call` has the stock arguments of this pipeline, such as steps and size; `origin` is what config.yaml says besides,
+    such as how the model was loaded. With `dry_run` only the preflight runs. The pipeline and the random generators are
+    left as they were found.
     """
     keep_freed_memory()
     objective = make(settings.objective)
     with ExitStack() as stack:
-        job = _job(pipe, settings, model=model, call=dict(call or {}), seed=seed, folder=Path(out), say=say)
+        stack.callback(checkpoint.restore_rng, checkpoint.capture_rng())
+        accelerator = _accelerator(pipe, settings, Path(out))
+        stack.enter_context(processes.together(accelerator))
+        job = _job(pipe, settings, accelerator, model=model, call=dict(call or {}), seed=seed, out=Path(out), say=say)
         stack.callback(job.trained.detach)
+        if sharding.asked():
+            sharding.shard(job.trained.denoisers, job.device)
         stack.enter_context(_dressed(job))
         preflight.check(job, objective)
         if dry_run:
             return _dry(job, objective)
-        told = {"model": job.model, "seed": seed, "call": dict(call or {}), **config.plain(settings)}
+        told = {"model": job.model, "seed": seed, **(origin or {}), "call": dict(call or {}), **config.plain(settings)}
+        told = _told(without_secrets(told))
         place = _begin(job, told, stack)
         names = tracking.chosen(settings.trackers)
         track = tracking.tracker(job.accelerator, names if job.main else [], job.folder, told)
@@ -62,58 +75,53 @@ def train(
         if place is not None:
             loop.restore(checkpoint.load(place, job.rank))
             job.say(f"resumed at step {loop.step} from {place}")
-        elif settings.preflight:
-            for line in preflight.fly(job, objective).lines(job):
-                job.say(line)
-            torch.manual_seed(seed)
+        else:
+            if settings.preflight:
+                _say_preflight(job, objective)
+            _seed(seed)
         loop.run(show)
         return _finish(loop)
 
 
-def _begin(job: Job, told: Mapping[str, Any], stack: ExitStack) -> Path | None:
-    """Lock and prepare the folder in the main process; every process learns the checkpoint to go on from, or why not."""
-    answer: list[Any] = [None, None]
-    if job.main:
-        try:
-            stack.enter_context(run_folder.locked(job.folder))
-            begun = run_folder.begin(job.folder, told, resume=job.config.resume, force=job.config.force)
-            answer = [begun.checkpoint, None]
-        except DiffalignError as error:
-            answer = [None, error]
-    if job.processes > 1:
-        from accelerate.utils import broadcast_object_list
+def _told(value: Any) -> Any:
+    """Settings as config.yaml has them: an object that a script gave, such as a reward, by its name."""
+    if isinstance(value, Mapping):
+        return {str(name): _told(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(part) for part in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(getattr(value, "name", None) or getattr(value, "__name__", type(value).__name__))
 
-        broadcast_object_list(answer)
-    place, error = answer
-    if error is not None:
-        raise error
+
+def _begin(job: Job, told: Mapping[str, Any], stack: ExitStack) -> Path | None:
+    """Lock and prepare the folder in the main process; every process learns where to go on."""
+    place: Path | None = None
+    if job.main:
+        stack.enter_context(run_folder.locked(job.folder))
+        place = run_folder.begin(job.folder, told, resume=job.config.resume, force=job.config.force).checkpoint
+    place = job.from_main(place)  # where the main process fails instead, the others end with it
     return place
 
 
 def _job(
     pipe: Any,
     settings: TrainConfig,
+    accelerator: Any,
     *,
     model: str,
     call: dict[str, Any],
     seed: int,
-    folder: Path,
+    out: Path,
     say: Callable[[str], None],
 ) -> Job:
     """The job with its cases read, its rewards made and its adapter attached."""
-    from accelerate import Accelerator
-
     members = parse_spec(settings.reward) if settings.reward else []
     if not members:
         raise ConfigError("the job has no reward, so there is nothing to raise. Add one, such as reward: {clip: 1.0}.")
     prompts = _cases(settings.prompts, settings.split, settings.limit)
     monitor = _monitor(settings, prompts)
-    accelerator = Accelerator(
-        mixed_precision="fp16" if settings.precision == "fp16" else "no",  # bf16 needs no scaler; see `precision`
-        log_with=tracking.chosen(settings.trackers) or None,
-        project_dir=str(folder),
-    )
-    torch.manual_seed(seed)
+    _seed(seed)
     training = call | settings.sampling
     with torch.no_grad():
         names = adapters.ran(Driver(pipe, [prompts[0]], **training))
@@ -130,7 +138,7 @@ def _job(
         members=members,
         trained=trained,
         accelerator=accelerator,
-        folder=folder,
+        folder=out,
         seed=seed,
         truth=scoring.make_reward(settings.truth) if settings.truth else None,
         panel=panel,
@@ -153,6 +161,37 @@ def _cases(file: str | None, split: Any, limit: int | None = None) -> list[Case]
     return data.read(data.PromptsConfig(file=file, split=split, limit=limit, keep_duplicates=split is not None))
 
 
+def _accelerator(pipe: Any, settings: TrainConfig, folder: Path) -> Any:
+    """Accelerate as this job needs it, also where an earlier job of this process needed it otherwise."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    mixed = "fp16" if settings.precision == "fp16" else "no"  # bf16 needs no scaler; see `precision`
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()
+    processes.require_group()
+    sharding.check(settings)
+    made = Accelerator(
+        cpu=processes.on_cpu(pipe),
+        mixed_precision=mixed,
+        log_with=tracking.chosen(settings.trackers) or None,
+        project_dir=str(folder),
+    )
+    if mixed == "fp16" and made.scaler is None:
+        raise ConfigError(
+            f"precision is fp16, whose small gradients need a scaler, and there is none on {made.device}. Use "
+            "precision=bf16, or precision=no."
+        )
+    return made
+
+
+def _seed(seed: int) -> None:
+    """The global generators, which stock code and rewards may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def _monitor(settings: TrainConfig, training: list[Case]) -> list[Case]:
     """The prompts of every evaluation: their own set, or a share of the training prompts where none is named."""
     asked = settings.evaluate
@@ -173,7 +212,9 @@ def _monitor(settings: TrainConfig, training: list[Case]) -> list[Case]:
 def _dressed(job: Job) -> Iterator[None]:
     """The pipeline with what training adds around it: autocast, checkpointing, compilation, remembered prompts."""
     config, denoisers = job.config, job.trained.denoisers
+    parts = [part for part in job.pipe.components.values() if isinstance(part, torch.nn.Module)]
     with ExitStack() as stack:
+        stack.enter_context(steady(parts, every_half=True))
         stack.enter_context(adapters.checkpointing(denoisers, config.gradient_checkpointing))
         stack.enter_context(adapters.compiled(denoisers, config.compile))
         stack.enter_context(autocast(denoisers.values(), config.precision))
@@ -181,11 +222,15 @@ def _dressed(job: Job) -> Iterator[None]:
         yield
 
 
-def _dry(job: Job, objective: Objective) -> dict[str, Any]:
+def _say_preflight(job: Job, objective: Objective) -> preflight.Preflight:
     found = preflight.fly(job, objective)
     for line in found.lines(job):
         job.say(line)
-    return {"dry_run": True, **vars(found)}
+    return found
+
+
+def _dry(job: Job, objective: Objective) -> dict[str, Any]:
+    return {"dry_run": True, **vars(_say_preflight(job, objective))}
 
 
 def _finish(loop: Loop) -> dict[str, Any]:
@@ -194,8 +239,7 @@ def _finish(loop: Loop) -> dict[str, Any]:
     rows, saved = loop.metrics.values.rows(), job.folder / "lora"
     chosen = loop.chosen
     with loop.averaged():
-        if job.main:
-            job.trained.save(saved)
+        job.trained.save(saved, main=job.main)
     found = summary(
         rows,
         loop.cost(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FIGURES = ("proxy", "truth", "heldout", "diversity")
+FIGURES = {"proxy": "proxy", "truth": "truth", "heldout": "heldout", "diversity": "variety"}  # by name in metrics.jsonl
 
 
 def summary(
@@ -28,9 +28,9 @@ def summary(
 
 def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: {"mean": row[name], "lo": row.get(f"{name}_lo"), "hi": row.get(f"{name}_hi")}
-        for name in FIGURES
-        if row.get(name) is not None
+        name: {"mean": row[key], "lo": row.get(f"{key}_lo"), "hi": row.get(f"{key}_hi")}
+        for name, key in FIGURES.items()
+        if row.get(key) is not None
     }
 
 

@@ -3,8 +3,8 @@
 Paper: "DenseGRPO: From Sparse to Dense Reward for Flow Matching Model Alignment", 2026 (arXiv 2601.20218), sections 3.1
 (step rewards by deterministic completion) and 3.2 (exploration calibrated per step, here `calibrate`).
 
-Where we differ: where a walk has no noise after its window, the completion of the window's end is the image itself and is
-not drawn again. What the paper leaves open are settings: the number of samples, when a calibration ends (every step
+Where we differ: where a walk has no noise after its window, the completion of the window's end is the image itself and
+is not drawn again. What the paper leaves open are settings: the number of samples, when a calibration ends (every step
 within one change for a few rounds), and bounds of psi. Fewer completion steps than the schedule has left (`completion`)
 skip evenly through it; the paper finds that worse. The last step is trained only with `noise.train_last`.
 """
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,15 +43,15 @@ class CalibrationConfig:
     tolerance: int = 2  # a step is balanced while its gains and losses differ by fewer images than this
     change: float = 0.01  # what psi rises or falls by in a round
     floor: float = 0.01  # least psi
-    cap: float = 2.0  # largest psi: ties count on neither side, so a reward of 0 and 1 lets psi grow
+    cap: float = 2.0  # largest psi, or where it starts: with a reward of 0 and 1 ties on neither side let psi grow
     settled: int = 4  # rounds within one change that end it
 
     def __post_init__(self) -> None:
         if not 0 < self.floor < self.cap or not self.change > 0 or min(self.samples, self.rounds, self.settled) < 1:
             raise ConfigError(
                 f"calibrate has floor {self.floor}, cap {self.cap} and change {self.change}, {self.samples} samples, "
-                f"{self.rounds} rounds and {self.settled} settled: psi moves by a change above 0 between floor and cap, "
-                "and the counts are at least 1."
+                f"{self.rounds} rounds and {self.settled} settled: psi moves by a change above 0 between floor and "
+                "cap, and the counts are at least 1."
             )
 
 
@@ -106,11 +108,6 @@ class DenseGRPO(FlowGRPO):
 
     def check(self, job: Job) -> None:
         super().check(job)
-        if job.config.advantage.step_norm not in ("group_step", "group_all", "batch_step"):
-            raise ConfigError(
-                f"advantage.step_norm is {job.config.advantage.step_norm}, but dense_grpo has a reward for every step. Use "
-                "group_step, as the paper does, or group_all, which keeps small gains small."
-            )
         if self.config.calibrate.on and job.driver(job.prompts[:1]).levels.prediction != "flow":
             raise ConfigError("calibrate is on, but psi is the noise of a flow model's steps. Leave it off here.")
 
@@ -145,10 +142,7 @@ class DenseGRPO(FlowGRPO):
 
     def values(self, job: Job, rollouts: Sequence[Rollout], places: Sequence[int]) -> Tensor:
         """Rewards (n, len(places)) of the images completed from those levels."""
-        with job.scoring() as ask, torch.no_grad():
-            asked = [[ask(self.complete(job, r, i), r.cases) for i in places] for r in rollouts]
-            rows = [torch.stack([(a.result() * job.weights).sum(1) for a in answers], 1) for answers in asked]
-        return torch.cat(rows)
+        return self.worth(job, rollouts, places, partial(self.complete, job))
 
     def complete(self, job: Job, rollout: Rollout, i: int) -> Tensor:
         """Media (B, ...) of the walks at level i, finished without noise."""
@@ -157,7 +151,7 @@ class DenseGRPO(FlowGRPO):
             walk = driver.rollout(self.still(job), x=x, start=i, quiet=True, dtype=torch.float32)
             return media.to_tensor(walk.media).float()
         places = [*thinned(i, driver.length, self.config.completion), driver.length]
-        for place, following in zip(places, places[1:], strict=False):
+        for place, following in pairwise(places):
             x = driver.levels.jump(x, driver.predict(x, place), place, following)
         return media.to_tensor(driver.decode(x)).float()
 
@@ -169,6 +163,7 @@ class DenseGRPO(FlowGRPO):
         shares = noise_levels(0, driver.length, self.config.noise, seed=job.seed)
         psi = [noise.flow_diffusion(driver.levels, i, share) if share else 0.0 for i, share in enumerate(shares)]
         where, history = [i for i, p in enumerate(psi) if p > 0], []
+        told = replace(told, floor=min(told.floor, *(psi[i] for i in where)), cap=max(told.cap, *psi))
         for k in range(told.rounds):
             self.psi = psi
             gains = self._round(job, k)

@@ -1,14 +1,14 @@
 """Flow-GRPO: the steps of a stochastic sampler as Gaussian policies, groups of images as baselines, clipped ratios.
 
-Papers: "Flow-GRPO: Training Flow Matching Models via Online RL", Liu et al., 2025 (arXiv 2505.05470), equations 5 to 11;
-coefficient-preserving sampling (arXiv 2509.05952) as `noise.kernel: cps`; Flow-GRPO-Fast as `noise.window`; GRPO-Guard
-(arXiv 2510.22319) as `credit.weighting: ratio_norm`; "Training Diffusion Models with Reinforcement Learning" (DDPO),
-Black et al., 2023 (arXiv 2305.13301), for models that predict noise, as `noise.kernel: ddim` with level 1.
+Papers: "Flow-GRPO: Training Flow Matching Models via Online RL", Liu et al., 2025 (arXiv 2505.05470), equations 5 to
+11; coefficient-preserving sampling (arXiv 2509.05952) as `noise.kernel: cps`; Flow-GRPO-Fast as `noise.window`;
+GRPO-Guard (arXiv 2510.22319) as `credit.weighting: ratio_norm`; "Training Diffusion Models with Reinforcement Learning"
+(DDPO), Black et al., 2023 (arXiv 2305.13301), for models that predict noise, as `noise.kernel: ddim` with level 1.
 
-Where we differ: log-densities are true ones also for `cps`, whose published code leaves out constants and the factor
-1 / (2 std^2). Images whose advantage is 0 stay in their micro-batch, so that the ratio stays exactly 1. Trained steps lie
-side by side. Statistics are those of the present step; DDPO's history per prompt and KL as a part of the reward are left
-out. The KL of models without a flow has no factor h.
+Where we differ: log-densities are true ones also for `cps`, whose published code leaves out constants and the factor 1
+/ (2 std^2). Images whose advantage is 0 stay in their micro-batch, so that the ratio stays exactly 1. Trained steps lie
+side by side. Statistics are those of the present step; DDPO's history per prompt and KL as a part of the reward are
+left out. The KL of models without a flow has no factor h.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class FlowGRPOConfig:
     def __post_init__(self) -> None:
         if not self.clip > 0 or (self.clip_high is not None and not self.clip_high > 0):
             raise ConfigError(
-                f"clip is {self.clip} and clip_high {self.clip_high}, but a range must be above 0: with none there is no "
-                "gradient. 1e-4 is usual, 2e-6 with credit.weighting: ratio_norm."
+                f"clip is {self.clip} and clip_high {self.clip_high}, but a range must be above 0: with none there is "
+                "no gradient. 1e-4 is usual, 2e-6 with credit.weighting: ratio_norm."
             )
         if self.beta < 0:
             raise ConfigError(f"beta is {self.beta}, but a negative KL weight drives the model away from its base.")
@@ -107,18 +107,22 @@ class FlowGRPO(PolicyGradient):
         told = clip_figures(log_ratio, seen.advantage, low, high)
         penalty = torch.zeros_like(policy)
         if seen.base is not None:
-            told["kl"] = self.divergence(seen, *seen.base)
+            levels, x = seen.micro.driver.levels, seen.micro.walk.latents[seen.i]
+            told["kl"] = self.divergence(levels, x, seen.i, (seen.transition, seen.prediction), seen.base)
             penalty = self.config.beta * told["kl"]
         return policy, penalty, told
 
-    def divergence(self, seen: Seen, base: Transition, prediction: Tensor) -> Tensor:
-        """How far one step is from the base model's (B,), in the form of the config."""
-        mean, std, levels = seen.transition.mean, seen.transition.std, seen.micro.driver.levels
+    def divergence(
+        self, levels: Levels, x: Tensor, i: int, now: tuple[Transition, Tensor], base: tuple[Transition, Tensor]
+    ) -> Tensor:
+        """How far step i from x (B, ...) is from the base model's (B,), each given with its prediction."""
+        (step, prediction), (other, predicted) = now, base
         if self.config.kl == "path":
-            return kl_path(mean, base.mean, std)
+            return kl_path(step.mean, other.mean, step.std)
         if self.config.kl == "velocity":
-            return kl_velocity(levels, seen.micro.walk.latents[seen.i], seen.prediction, prediction, seen.i)
-        return kl_code(mean, base.mean, std, seen.h if levels.prediction == "flow" else 1.0)
+            return kl_velocity(levels, x, prediction, predicted, i)
+        h = float(levels.sigma[i] - levels.sigma[i + 1]) if levels.prediction == "flow" else 1.0
+        return kl_code(step.mean, other.mean, step.std, h)
 
 
 OBJECTIVE = FlowGRPO

@@ -5,9 +5,9 @@ Papers: TreeGRPO (OpenReview 3rZdp4TmUb, ICLR 2026) as `advantage: fused`; Branc
 sibling`; TempFlow-GRPO's branching, 2025 (arXiv 2508.04324), is depth 1 of `sibling`.
 
 Where we differ: branches grow at neighbouring steps, those of the noise window. A prompt has several trees, whose roots
-are start noises of their own, and leaves are compared over all of them. The noise of a branch is never scaled apart from
-its density. A transition whose siblings share its start is replayed with one model call for all of them. With one branch
-per node the trees are chains, and `fused` is Flow-GRPO.
+are start noises of their own, and leaves are compared over all of them. The noise of a branch is never scaled apart
+from its density. A transition whose siblings share its start is replayed with one model call for all of them. With one
+branch per node the trees are chains, and `fused` is Flow-GRPO to the bit.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffalign import media, noise
+from diffalign import media, noise, shaping
 from diffalign.cases import Case, batched, derived_seed
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError
 from diffalign.noise import Kernel, Transition, case_noise
 from diffalign.train import credit, tree_credit
+from diffalign.train.advantage_config import AdvantageConfig
 from diffalign.train.job import Job
 from diffalign.train.objective import Collected
-from diffalign.train.objectives.flow_grpo import FlowGRPO, FlowGRPOConfig, clip_figures, clipped_loss, kl_code
+from diffalign.train.objectives.flow_grpo import FlowGRPO, FlowGRPOConfig, clip_figures, clipped_loss
 from diffalign.train.policy import FIGURES
 from diffalign.train.schedules import NoiseConfig
 
@@ -53,8 +54,8 @@ class TreeGRPOConfig(FlowGRPOConfig):
             raise ConfigError(f"alpha is {self.alpha}, but a share lies between 0 and 1.")
         if self.credit.similarity != "none" or self.credit.phases or self.credit.weighting == "ratio_norm":
             raise ConfigError(
-                "credit has similarity, phases or ratio_norm, but a tree credits its steps by what grows from them. Leave "
-                "them out; weighting: tempflow is fine."
+                "credit has similarity, phases or ratio_norm, but a tree credits its steps by what grows from them. "
+                "Leave them out; weighting: tempflow is fine."
             )
         if self.same_start:
             raise ConfigError("same_start belongs to walks side by side; a tree has one start per root already.")
@@ -90,6 +91,11 @@ class Grove:
     def __len__(self) -> int:
         return len(self.leaves)
 
+    @property
+    def elements(self) -> int:
+        """Numbers in one latent."""
+        return self.layers[0].x[0].numel()
+
 
 class TreeGRPO(FlowGRPO):
     """Flow-GRPO on trees."""
@@ -108,37 +114,37 @@ class TreeGRPO(FlowGRPO):
             raise ConfigError(
                 f"micro_batch is {job.config.micro_batch}, but trees of a prompt stay together: use {size}."
             )
-        if job.config.advantage.step_norm != "none":
-            raise ConfigError("advantage.step_norm is set, but tree_grpo compares nodes by its own `advantage`.")
+        given = job.config.advantage
+        if given != AdvantageConfig(eps=given.eps, adv_scale=given.adv_scale, clip=given.clip):
+            raise ConfigError(
+                "advantage has settings that a tree does not read: tree_grpo compares nodes by its own `advantage`, "
+                "and of these takes eps, adv_scale and clip. Drop the others."
+            )
 
     def collect(self, job: Job, step: int) -> Collected:
-        groves, rewards = self.sampled_trees(job, step)
+        groves, rewards = self.sampled(job, step, job.cases_of(step))
         members = job.gather(rewards)
         invalid = job.require_valid(members, step)
         total = (rewards * job.weights).sum(1)
-        first, size = 0, job.config.group_size
+        first = 0
         for grove in groves:
             self._credit(job, grove, total[first : first + len(grove)])
             first += len(grove)
         every = (members * job.weights).sum(1)
-        spread = every.view(-1, size)
         told = {
             "reward": float(every.nanmean()),
             "invalid": invalid,
-            "frac_zero_std": float((_range(spread) == 0).double().mean()),
-            "advantage_std": float(torch.cat([a.advantages for g in groves for a in g.layers]).std()),
+            "frac_zero_std": shaping.frac_zero_std(every, job.group_ids),
+            "advantage_std": float(job.gather(torch.cat([a.advantages for g in groves for a in g.layers])).std()),
         }
         return Collected(groves, job.mean(told))
 
     def sampled(self, job: Job, step: int, cases: Sequence[Case]) -> tuple[list[Grove], Tensor]:  # type: ignore[override]
-        return self.sampled_trees(job, step, cases)
-
-    def sampled_trees(self, job: Job, step: int, cases: Sequence[Case] | None = None) -> tuple[list[Grove], Tensor]:
         """Trees in micro-batches and the rewards (n, K) of their leaves."""
         kernel, window = self.noise(job, step)
         groves, answers = [], []
         with job.scoring() as ask:
-            for chunk in batched(list(job.cases_of(step) if cases is None else cases), job.config.micro_batch):
+            for chunk in batched(cases, job.config.micro_batch):
                 groves.append(self.grow(job, chunk, kernel, window))
                 answers.append(ask(groves[-1].media, groves[-1].leaves))
             return groves, torch.cat([answer.result() for answer in answers])
@@ -169,7 +175,7 @@ class TreeGRPO(FlowGRPO):
         with torch.enable_grad():  # as a replay runs it, so that the ratio is exactly 1
             prediction = driver.predict(x, i, grad=True).detach()
         step = _spread(kernel(driver.levels, x, prediction, i), parent := torch.arange(len(nodes)).repeat_interleave(k))
-        cases = [node.with_seed(derived_seed(node.seed, "branch", i, b)) for node in nodes for b in range(k)]
+        cases = [node.with_seed(_child_seed(node.seed, i, b)) for node in nodes for b in range(k)]
         moves = step.sample(case_noise([case.seed for case in cases], step.mean, "step", i))
         return Layer(i, driver, x, parent, moves, step.log_prob(moves, self.config.density)), cases
 
@@ -211,30 +217,55 @@ class TreeGRPO(FlowGRPO):
         nu = torch.tensor([micro.kernel(a.driver.levels, a.x[:1], a.x[:1], a.i).std for a in micro.layers])
         h = torch.tensor([float(a.driver.levels.sigma[a.i] - a.driver.levels.sigma[a.i + 1]) for a in micro.layers])
         weights = credit.STEP_WEIGHTS[self.config.credit.weighting](nu, h)
-        low, high = self.config.ranges(micro.layers[0].x[0].numel())
+        low, high = self.config.ranges(micro.elements)
         for k, layer in enumerate(micro.layers):
-            if not bool(layer.advantages.any()) and not self.config.beta:
+            if not bool(layer.advantages.any()) and not self.config.beta and not job.sharded:
                 sums["ratio_mean"] = sums["ratio_mean"] + share / depth
                 continue
-            prediction = layer.driver.predict(layer.x, layer.i, grad=True)
-            step = _spread(alone := micro.kernel(layer.driver.levels, layer.x, prediction, layer.i), layer.parent)
-            log_ratio = step.log_prob(layer.moves, self.config.density) - layer.log_probs
-            policy = clipped_loss(log_ratio, layer.advantages, low, high)
-            told = clip_figures(log_ratio, layer.advantages, low, high)
+            log_prob, alone, prediction = self._edges(micro, layer)
+            log_ratio = log_prob - layer.log_probs
+            advantage = layer.advantages.to(log_ratio)
+            policy = clipped_loss(log_ratio, advantage, low, high)
+            told = clip_figures(log_ratio, advantage, low, high)
             loss = policy.mean() * float(weights[k])
             if self.config.beta:
-                told["kl"] = self._divergence(job, micro, layer, alone, float(h[k])).mean()
+                told["kl"] = self._from_base(job, micro, layer, (alone, prediction)).mean()
                 loss = loss + self.config.beta * told["kl"]
             for name, figure in {**told, "loss": loss}.items():
                 sums[name] = sums[name] + figure.detach().cpu() * (share / depth)
             job.backward(loss * (share / depth))
         return sums
 
-    def _divergence(self, job: Job, micro: Grove, layer: Layer, step: Transition, h: float) -> Tensor:
-        """KL (P,) of the nodes' transitions from the base model's, as published code has it."""
+    def _from_base(self, job: Job, micro: Grove, layer: Layer, now: tuple[Transition, Tensor]) -> Tensor:
+        """How far the nodes' transitions (P,) are from the base model's."""
+        levels = layer.driver.levels
         with torch.no_grad(), job.trained.reference():
-            base = micro.kernel(layer.driver.levels, layer.x, layer.driver.predict(layer.x, layer.i), layer.i)
-        return kl_code(step.mean, base.mean, step.std, h)
+            prediction = layer.driver.predict(layer.x, layer.i)
+        base = micro.kernel(levels, layer.x, prediction, layer.i), prediction
+        return self.divergence(levels, layer.x, layer.i, now, base)
+
+    def replayed(self, job: Job, micro: Grove) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Log-densities of all edges under the weights that sampled, and under the present ones."""
+        again = [self._edges(micro, layer)[0].detach() for layer in micro.layers]
+        return torch.cat([layer.log_probs for layer in micro.layers]), torch.cat(again)
+
+    def pretend(self, micro: Grove) -> None:  # type: ignore[override]
+        """Advantages of both signs, to try a gradient with."""
+        for layer in micro.layers:
+            layer.advantages = torch.ones(len(layer.moves))
+            layer.advantages[1::2] = -1.0
+
+    def _edges(self, micro: Grove, layer: Layer) -> tuple[Tensor, Transition, Tensor]:
+        """Present log-densities (C,) of a layer's moves, with its nodes' transitions and predictions."""
+        with torch.enable_grad():
+            prediction = layer.driver.predict(layer.x, layer.i, grad=True)
+        alone = micro.kernel(layer.driver.levels, layer.x, prediction, layer.i)
+        return _spread(alone, layer.parent).log_prob(layer.moves, self.config.density), alone, prediction
+
+
+def _child_seed(seed: int, i: int, branch: int) -> int:
+    """The first child goes on with its parent's noise, as a walk without branches would; the others draw their own."""
+    return derived_seed(seed, "branch", i, branch) if branch else seed
 
 
 def _spread(step: Transition, parent: Tensor) -> Transition:
@@ -262,10 +293,6 @@ def _deviation(rewards: Tensor, size: int) -> Tensor:
     """Population deviation (groups,) of the valid rewards of each group."""
     rows = rewards.view(-1, size)
     return (rows - rows.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nan_to_num()
-
-
-def _range(rows: Tensor) -> Tensor:
-    return rows.nan_to_num(-torch.inf).amax(1) - rows.nan_to_num(torch.inf).amin(1)
 
 
 OBJECTIVE = TreeGRPO
