@@ -26,6 +26,7 @@ from diffalign.bench.credit_oracle import OracleConfig, worth
 from diffalign.budget import BACKWARD_COST
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError
+from diffalign.judges.secrets import without_secrets
 from diffalign.reward_specs import parse_spec
 from diffalign.train import adapters, data
 from diffalign.train.adapters import AdapterConfig
@@ -93,11 +94,16 @@ def run(
     call: Mapping[str, Any],
     seed: int,
     folder: Path,
+    origin: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] = lambda parts: None,
 ) -> Found:
-    """Fill `folder` with the parts that are not there yet; `advance` hears of each."""
+    """Fill `folder` with the parts that are not there yet; `advance` hears of each.
+
+    `origin` is what the settings say besides, such as how the model was loaded.
+    """
     methods = Methods(told.methods, told.noise)
-    _require_same(folder / "settings.json", {"model": model, "call": dict(call), "seed": seed, **config.plain(told)})
+    settings = {"model": model, **(origin or {}), "call": dict(call), "seed": seed, **config.plain(told)}
+    _require_same(folder / "settings.json", without_secrets(settings))
     rows = read_rows(folder)
     done = {row["part"] for row in rows if (folder / "gradients" / f"part-{row['part']}.safetensors").exists()}
     rows = [row for row in rows if row["part"] in done]

@@ -68,17 +68,22 @@ class Credit(ModelVerb):
         return config.build(CreditBench, {name: getattr(self, name) for name in self.OWN} | {"split": split})
 
     def cost(self) -> dict[str, Any]:
-        """Estimates of the walks alone, without what is spent on credit and gradients."""
+        """Estimates of the walks and redraws, without what methods spend on credit and gradients."""
+        from diffalign import config
+        from diffalign.train.schedules import NoiseConfig, noise_levels
+
         told = self.bench()
         steps = int({**self.pipeline_call(), **told.sampling}.get("num_inference_steps", 50))
         each = self.rows_per_image({**self.pipeline_call(), **told.sampling}) // steps
-        redrawn = told.oracle.redraws * told.oracle.completions * each * steps * (steps - 1) // 2
+        levels = noise_levels(0, steps, config.build(NoiseConfig, told.noise, where="noise"))
+        noisy = [i for i, level in enumerate(levels) if level > 0]
+        ends = {i: told.oracle.redraws * (1 if i == noisy[-1] else told.oracle.completions) for i in noisy}
         images = told.parts * told.images
         return {
             "parts": told.parts + told.reference,
             "nfe_of_walks": (told.parts + told.reference) * told.images * steps * each,
-            "nfe_of_redraws": images * redrawn,
-            "images_of_redraws": images * told.oracle.redraws * told.oracle.completions * (steps - 1),
+            "nfe_of_redraws": images * sum((steps - i - 1) * count for i, count in ends.items()) * each,
+            "images_of_redraws": images * sum(ends.values()),
         }
 
     def run(self) -> dict[str, Any]:
@@ -91,7 +96,7 @@ class Credit(ModelVerb):
         with progress(told.parts + told.reference, "parts") as advance:
             found = credit.run(
                 self.pipeline(), told, model=self.model, call=self.pipeline_call(), seed=self.seed, folder=folder,
-                advance=advance,
+                origin={"lora": self.lora, "dtype": self.place()[1]}, advance=advance,
             )  # fmt: skip
         figures = credit_report.summary(found, told.methods, told.groups, seed=self.seed)
         text = credit_report.table(figures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -52,6 +53,8 @@ class ModelVerb(Verb):
 
         fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         device = fastest if self.device == "auto" else self.device
+        if device == "cuda" and "LOCAL_RANK" in os.environ:  # each process of a launcher has a device of its own
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         return device, ("float32" if device == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
 
     def pipeline(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -166,14 +167,16 @@ def _execute(verb: type[Verb], asked: dict[str, Any], words: list[str], shared: 
     from diffalign import atomic
 
     settings = _settings(verb, asked, words, shared["config"])
+    main = os.environ.get("RANK", "0") == "0"  # of several processes of a launcher one speaks
     if shared["dry_run"]:
         result: Any = {"dry_run": True, "config": as_json(settings), "cost": settings.cost()}
-        print(dump(settings) + "".join(f"# {key}: {value}\n" for key, value in result["cost"].items()), end="")
+        told = dump(settings) + "".join(f"# {key}: {value}\n" for key, value in result["cost"].items())
+        print(told if main else "", end="")
     else:
         if shared["json_file"]:
             atomic.require_file(shared["json_file"])
         result = settings.run()
-    if shared["json_file"]:
+    if shared["json_file"] and main:
         atomic.write_json(shared["json_file"], result)
     return 0 if shared["dry_run"] else settings.status(result)
 

@@ -87,12 +87,13 @@ def _colours(image: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
     offset = image - ground[:, None, None]  # (3, H, W)
     length = palette.square().sum(1).clamp(min=1e-3)
     alpha = (torch.einsum("cd,dhw->chw", palette, offset) / length[:, None, None]).clamp(0, 1)
-    rest = (offset[None] - alpha[:, None] * palette[:, :, None, None]).norm(dim=1)  # (C, H, W)
+    rest = (offset[None] - alpha[:, None] * palette[:, :, None, None]).square().sum(1).sqrt()  # (C, H, W)
     rest = torch.where(length[:, None, None] < 0.02, torch.inf, rest)  # a ground of this colour hides it
     distance, best = rest.min(0)
     covered = alpha.gather(0, best[None])[0] > 0.5
     label = torch.where(covered & (distance < OFF_COLOUR), best, -1)
-    return torch.where((distance >= OFF_COLOUR) & (offset.norm(dim=0) > OFF_COLOUR), len(COLOURS), label), alpha
+    strange = (distance >= OFF_COLOUR) & (offset.square().sum(0).sqrt() > OFF_COLOUR)
+    return torch.where(strange, len(COLOURS), label), alpha
 
 
 def _regions(mask: Tensor) -> Iterator[Tensor]:

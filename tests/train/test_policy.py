@@ -181,7 +181,8 @@ def test_constant_rewards_change_no_weight_at_all(objective: str) -> None:
 def test_a_scaler_of_half_precision_bears_a_step_without_any_gradient() -> None:
     reward = Brightness(100)
     with jobs.job("sd3", reward=reward) as (job, chosen):
-        job.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = job.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        job.accelerator.unscale_gradients = lambda optimizer: scaler.unscale_(optimizer.optimizer)
         loop = Loop(job, chosen, track=lambda *_: None)
         for scale in (100.0, 0.0, 100.0):
             reward.scale, before = scale, jobs.weights(job)

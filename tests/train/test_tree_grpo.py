@@ -145,8 +145,9 @@ def test_a_tree_costs_a_model_call_for_every_node_and_less_than_its_leaves_would
         cases = job.cases_of(0)
         chosen.sampled(job, 0, cases)  # what is found out about a pipeline once is not counted
         before = job.budget.nfe
-        chosen.sampled(job, 0, cases)
+        groves, _ = chosen.sampled(job, 0, cases)
         leaves = branches**window
+        assert all(len({leaf.seed for leaf in grove.leaves}) == len(grove) == leaves for grove in groves)
         nodes = low + sum(branches**k for k in range(window)) + leaves * (steps - low - window)
         assert job.budget.nfe - before == GUIDED * 2 * nodes  # two prompts
         assert nodes < leaves * steps

@@ -48,6 +48,19 @@ def test_only_steps_of_the_window_are_replayed() -> None:
         assert times == pytest.approx(rollout.driver.timesteps[1:3].tolist())
 
 
+def test_trained_steps_are_sampled_as_they_are_replayed_and_the_others_without_gradients() -> None:
+    told = {"flow_grpo": {"noise": {"window": 2, "low": 1}}}
+    with jobs.job("sd3", told, call={"num_inference_steps": 5}) as (job, chosen):
+        modes: list[bool] = []
+        chosen.noise(job, 0)
+        part = job.trained.denoisers["transformer"]
+        hook = part.register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+        walk = chosen.sampled(job, 0, job.cases_of(0)[:3])[0][0].walk
+        hook.remove()
+        assert modes == [False, True, True, False, False]
+        assert not any(x.requires_grad for x in walk.latents)
+
+
 @pytest.mark.parametrize("micro_batch", [2, 3, 6])
 def test_same_start_gives_a_group_one_start_noise_wherever_micro_batches_cut(micro_batch: int) -> None:
     told = {"flow_grpo": {"same_start": True, "noise": {"window": 1, "low": 1}}}
