@@ -15,7 +15,6 @@ from diffalign.cases import Case, row_seed
 from diffalign.errors import ConfigError, SeamError
 
 OURS = ("latents", "output_type", "return_dict", "generator")  # what the seam sets itself
-CASE_GIVEN = ("prompt", "image", "control_image")  # what `from_cases` fills in
 COUNTED = ("prompt", "prompt_embeds", "image", "image_embeds", "image_embeddings", "class_labels")  # one entry per case
 # Argument names that hold one entry per case; a system prompt is one text for all.
 PER_CASE = re.compile(r"(?<!system_)prompt|image|embeds|mask|video|labels")
@@ -72,7 +71,8 @@ def clean(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_cases(pipe: Any, cases: Sequence[Case], call: Mapping[str, Any]) -> dict[str, Any]:
     """Stock arguments for `cases`: prompts, source images and control images where the pipeline takes them."""
-    known, built = parameters(pipe), dict(call)
+    known = parameters(pipe)
+    built = {k: [v] * len(cases) if isinstance(v, str) and k.startswith("negative_") else v for k, v in call.items()}
     if "prompt" in known and "prompt_embeds" not in call and "prompt" not in call:
         built["prompt"] = [c.prompt for c in cases]
     sources = [c.source for c in cases]

@@ -227,10 +227,9 @@ class Driver(Loop):
             self._narrowed[key] = self._twin(arguments.take(self.call, key, self.batch), key)
         return self._narrowed[key]
 
-    def asked(self, cases: Sequence[Case]) -> Driver:
-        """A driver for other cases of the same stock arguments; shares memory, budget and what is known of the pipe."""
-        given = {k: v for k, v in self.call.items() if k not in arguments.CASE_GIVEN}
-        twin = Driver(self.pipe, cases, budget=self.budget, memory=self.memory, **given)
+    def asked(self, cases: Sequence[Case], **call: Any) -> Driver:
+        """The driver for other cases and the same stock arguments; shares memory, budget and what is known of both."""
+        twin = Driver(self.pipe, cases, budget=self.budget, memory=self.memory, **call)
         twin.learn_from(self)
         twin.__dict__["levels"] = self.levels
         return twin

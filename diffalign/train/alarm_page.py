@@ -5,6 +5,7 @@ OUT/alarms/step-40-saturation_high/ holds alarm.json and sheet.png.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,11 +82,10 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
             axis.axvline(step, color=PROXY, linewidth=0.8, alpha=0.35, zorder=0, label=label)
     if held:
         axes[0, 0].legend(frameon=False, fontsize=9)
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(place, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130)
     plt.close(figure)
-    return place
+    return atomic.write_bytes(path, drawn.getvalue())
 
 
 def _rewards(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -190,7 +190,14 @@ def keep_samples(job: Job, found: Evaluation) -> None:
         rows.append(row)
     atomic.write_jsonl(folder / "results.jsonl", rows)
     told = {"name": "training", "objective": job.config.objective_name, "step": found.step}
-    card = card_of(job.pipe, job.model, shown, job.deployed, reward=scoring.WeightedReward([r for r, _ in job.members], job.weights.tolist()), method=told)
+    card = card_of(
+        job.pipe,
+        job.model,
+        shown,
+        job.deployed,
+        reward=scoring.WeightedReward([r for r, _ in job.members], job.weights.tolist()),
+        method=told,
+    )
     atomic.write_json(folder / "card.json", card.json())
 
 

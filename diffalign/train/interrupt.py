@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-
 ECHO = 5.0  # seconds within which a launcher repeats to its processes a Ctrl-C that they have heard themselves
 
 

@@ -136,7 +136,7 @@ class Job:
 
     def driver(self, cases: Sequence[Case]) -> Driver:
         """The pipeline as a denoiser for these cases, with the arguments of training."""
-        return self._first.asked(cases)
+        return self._first.asked(cases, **self.call)
 
     @cached_property
     def _first(self) -> Driver:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,8 @@ class Loop:
             self.ema.update(self.updates - 1)
         if self.bad >= most:
             raise ModelError(
-                f"the loss or its gradient was not finite in {self.bad} updates in a row, the last in step {self.step}. "
-                "Nothing was learnt from them. Lower optim.learning_rate, or train in float32 (precision=no)."
+                f"the loss or its gradient was not finite in {self.bad} updates in a row, the last in step "
+                f"{self.step}. Nothing was learnt from them. Lower optim.learning_rate, or train in float32 (precision=no)."
             )
 
     def _rate(self) -> float:
@@ -294,4 +295,4 @@ def _parts(micros: Sequence[Any], count: int) -> list[Sequence[Any]]:
     """Micro-batches in `count` runs of neighbours, as even as they can be; an update needs at least one."""
     count = min(count, len(micros))
     cuts = [round(k * len(micros) / count) for k in range(count + 1)]
-    return [micros[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [micros[a:b] for a, b in pairwise(cuts)]

@@ -40,10 +40,10 @@ class Preflight:
         share = config.images // job.processes
         micro = -(-share // config.micro_batch)
         found = [
-            f"trains {self.trained:,} numbers of {', '.join(job.trained.denoisers)}; a gradient reaches {self.reached:.0%} "
-            "of the layers",
-            f"a step: {per} images; {micro} micro-batches of {min(config.micro_batch, share)} in each of {job.processes} "
-            f"process(es); {min(config.updates, micro)} update(s)",
+            f"trains {self.trained:,} numbers of {', '.join(job.trained.denoisers)}; a gradient reaches "
+            f"{self.reached:.0%} of the layers",
+            f"a step: {per} images; {micro} micro-batches of {min(config.micro_batch, share)} in each of "
+            f"{job.processes} process(es); {min(config.updates, micro)} update(s)",
             f"ratio before the first update: 1 +- {self.ratio_off:.1e}; spread of the reward: {self.spread:.3g}",
             f"about {self.seconds_per_step:.1f} s and {self.nfe_per_step:,} model rows a step, "
             f"{hours:.1f} h for {config.steps} steps without evaluations; about {self.gigabytes:.1f} GB",
@@ -81,8 +81,8 @@ def check(job: Job, objective: Objective) -> None:
         )
     if len(job.monitor) // config.evaluate.per_prompt < processes:
         raise ConfigError(
-            f"an evaluation has {len(job.monitor) // config.evaluate.per_prompt} prompts, but {processes} processes share "
-            f"them. Raise evaluate.limit to at least {processes}."
+            f"an evaluation has {len(job.monitor) // config.evaluate.per_prompt} prompts, but {processes} processes "
+            f"share them. Raise evaluate.limit to at least {processes}."
         )
     _require_one_precision(job)
     objective.check(job)
@@ -159,9 +159,9 @@ def _ratio_off(job: Job, objective: Any, micro: Any) -> float:
     low, _ = objective.config.ranges(micro.elements)
     if not off <= low / 10:
         raise ModelError(
-            f"the ratio before any update is off by {off:.1e}, too much for a clip range of {low:.1e}: replay and sampling "
-            "do not run the same computation. Turn off what is random or differs between them (dropout, compile, another "
-            "attention backend), or load the model in float32."
+            f"the ratio before any update is off by {off:.1e}, too much for a clip range of {low:.1e}: replay and "
+            "sampling do not run the same computation. Turn off what is random or differs between them (dropout, "
+            "compile, another attention backend), or load the model in float32."
         )
     return off
 
@@ -175,8 +175,8 @@ def _reached(job: Job) -> float:
         parameter.grad = None
     if not alive:
         raise ModelError(
-            "no gradient reaches what is trained, so nothing would be learnt. Choose other layers with adapter.targets, or "
-            "another component with adapter.modules."
+            "no gradient reaches what is trained, so nothing would be learnt. Choose other layers with "
+            "adapter.targets, or another component with adapter.modules."
         )
     return len(alive) / len(layers)
 
@@ -201,8 +201,8 @@ def _spread(job: Job, objective: PolicyGradient, rewards: torch.Tensor) -> float
     if not len(known):
         raise ConfigError(f"reward {names} could not judge any of {len(rewards)} images. See the warnings above.")
     raise ConfigError(
-        f"reward {names} is {float(known[0]):g} for all of {len(known)} images, so every advantage would be 0. Use a reward "
-        "with partial credit (shapes_soft instead of shapes), prompts that are neither hopeless nor solved, or more noise."
+        f"reward {names} is {float(known[0]):g} for all of {len(known)} images, so every advantage would be 0. Use a "
+        "reward with partial credit (shapes_soft instead of shapes), prompts that are neither hopeless nor solved, or more noise."
     )
 
 

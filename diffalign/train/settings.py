@@ -48,7 +48,9 @@ class EvaluateConfig:
     keep: int = 16  # pictures that stay in samples/step-N
     averaged: bool = True  # draw with the averaged weights, those that are saved
     call: dict[str, Any] = field(default_factory=dict)  # arguments of the stock call, over the model's card
-    tower: str | None = "auto"  # CLIP whose embeddings tell variety and whether prompts still count; auto is shapes-clip
+    tower: str | None = (
+        "auto"  # CLIP whose embeddings tell variety and whether prompts still count; auto is shapes-clip
+    )
     # for embedded models and plain pixels for others; never the CLIP that trains, which would be fooled with it
     kl_prompts: int = 8  # prompts whose stochastic walks measure the divergence from the base model; 0 leaves it out
 
@@ -107,8 +109,8 @@ class TrainConfig:
             raise ConfigError(f"minutes is {self.minutes}, but a run needs some time. Leave it out for no limit.")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise ConfigError(
-                f"checkpoint_every is {self.checkpoint_every}, but it counts steps from 1. Leave it out for a checkpoint "
-                "at every evaluation."
+                f"checkpoint_every is {self.checkpoint_every}, but it counts steps from 1. Leave it out for a "
+                "checkpoint at every evaluation."
             )
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}, but the share of the average that is kept lies in [0, 1).")

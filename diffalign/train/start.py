@@ -20,7 +20,18 @@ from diffalign.errors import ConfigError
 from diffalign.judges.secrets import without_secrets
 from diffalign.restore import steady
 from diffalign.reward_specs import parse_spec
-from diffalign.train import adapters, alarm_page, checkpoint, data, evaluate, preflight, processes, run_folder, sharding, tracking
+from diffalign.train import (
+    adapters,
+    alarm_page,
+    checkpoint,
+    data,
+    evaluate,
+    preflight,
+    processes,
+    run_folder,
+    sharding,
+    tracking,
+)
 from diffalign.train.embeddings import PromptCache
 from diffalign.train.job import Job
 from diffalign.train.loop import Loop
@@ -201,8 +212,8 @@ def _monitor(settings: TrainConfig, training: list[Case]) -> list[Case]:
     spread = [cases[k * len(cases) // min(asked.limit, len(cases))] for k in range(min(asked.limit, len(cases)))]
     if both := data.shared_prompts(training, spread):
         warnings.warn(
-            f"{len(both)} of {len(spread)} evaluation prompts are trained on too, such as '{both[0][:60]}': what they show "
-            "is not held out.",
+            f"{len(both)} of {len(spread)} evaluation prompts are trained on too, such as '{both[0][:60]}': what they "
+            "show is not held out.",
             stacklevel=3,
         )
     return spread

@@ -49,7 +49,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(tmp_path: Path, 
 
 def test_three_such_steps_in_a_row_end_the_run(tmp_path: Path, losing: list[int]):
     losing += list(range(2, 20))
-    with pytest.raises(ModelError, match="not finite in 3 updates in a row(.|\n)*learning_rate"):
+    with pytest.raises(ModelError, match=r"not finite in 3 updates in a row(.|\n)*learning_rate"):
         run(tmp_path, preflight=False, steps=8, evaluate={"every": 8})
     assert len(rows(tmp_path / "run")) < 5
 

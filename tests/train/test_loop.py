@@ -33,7 +33,14 @@ def test_a_run_leaves_its_result_its_curves_and_a_summary_with_intervals(tmp_pat
     asked = {"truth": f"{FAKES}:brightness", "panel": ["colourfulness"], **OBJECTIVES[name]}
     found, said = run(tmp_path, **asked)
     out = tmp_path / "run"
-    for file in ("config.yaml", "metrics.jsonl", "timing.jsonl", "summary.json", "plot.png", "samples/step-3/card.json"):
+    for file in (
+        "config.yaml",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "summary.json",
+        "plot.png",
+        "samples/step-3/card.json",
+    ):
         assert (out / file).is_file(), file
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(found))
     assert set(found) >= {"before", "after", "steps", "seconds", "model_calls", "alarms"}
@@ -168,7 +175,9 @@ def test_variety_is_within_prompts_where_a_prompt_has_several_pictures(tmp_path:
 @pytest.mark.parametrize("name", ["flow_grpo", "tree_grpo"])
 def test_a_reward_that_compares_pictures_sees_whole_groups(tmp_path: Path, name: str):
     fake_rewards.seen.clear()
-    asked = settings(tmp_path, steps=1, preflight=False, micro_batch=4 if name == "tree_grpo" else 2, **OBJECTIVES[name])
+    asked = settings(
+        tmp_path, steps=1, preflight=False, micro_batch=4 if name == "tree_grpo" else 2, **OBJECTIVES[name]
+    )
     told = TrainConfig(**{**vars(asked), "reward": (fake_rewards.Listwise(),)})
     train(pipeline(), told, call=CALL, out=tmp_path / "run", say=lambda line: None)
     assert all(count in (4, 8) for count in fake_rewards.seen), fake_rewards.seen

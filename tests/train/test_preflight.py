@@ -13,7 +13,6 @@ import torch
 
 from diffalign.errors import ConfigError, DiffalignError, ModelError
 from diffalign.noise import Transition
-
 from tests.train.tiny_runs import FAKES, OBJECTIVES, pipeline, run
 
 TOO_FEW: list[tuple[dict[str, Any], str]] = [
@@ -42,7 +41,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path, 
 
 
 def test_a_tree_that_does_not_fit_its_group_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="group_size is 6(.|\n)*group_size=4"):
+    with pytest.raises(ConfigError, match=r"group_size is 6(.|\n)*group_size=4"):
         run(tmp_path, group_size=6, micro_batch=6, **OBJECTIVES["tree_grpo"])
 
 
@@ -84,7 +83,7 @@ def test_a_replay_that_differs_from_its_sampling_is_refused(tmp_path: Path):
     pipe.transformer.register_forward_hook(
         lambda module, args, output: (output[0] + 0.01 * next(calls),) if isinstance(output, tuple) else None
     )
-    with pytest.raises(ModelError, match="ratio before any update is off by(.|\n)*dropout"):
+    with pytest.raises(ModelError, match=r"ratio before any update is off by(.|\n)*dropout"):
         run(tmp_path, pipe=pipe)
 
 

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from diffalign.errors import ConfigError
 from diffalign.train import checkpoint, run_folder
-
 from tests.train.tiny_runs import FAKES, OBJECTIVES, die, files, forked, rows, run
 
 WRITES = ("fsync", "rename", "replace")  # calls of `os` between which a process may die
@@ -227,5 +226,3 @@ def test_going_on_from_a_chosen_checkpoint_elsewhere_ends_the_same(tmp_path: Pat
     assert (tmp_path / "branch/metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
     whole, other = (load_file(next((tmp_path / name / "lora").glob("*.safetensors"))) for name in ("run", "branch"))
     assert all(torch.equal(whole[key], other[key]) for key in whole)
-
-

@@ -98,4 +98,3 @@ def forked(work: Callable[[], object]) -> int:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
