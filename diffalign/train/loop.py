@@ -131,7 +131,7 @@ class Loop:
         if self.bad >= most:
             raise ModelError(
                 f"the loss or its gradient was not finite in {self.bad} updates in a row, the last in step "
-                f"{self.step}. Nothing was learnt from them. Lower optim.learning_rate, or train in float32 (precision=no)."
+                f"{self.step}. Nothing was learnt from them. Lower optim.learning_rate, or train with precision=no."
             )
 
     def _rate(self) -> float:

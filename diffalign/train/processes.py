@@ -27,8 +27,8 @@ MEETING = 120.0  # seconds in which all processes must have found process 0
 GRACE = 3.0  # seconds in which the loss of a process is known, where an exchange fails for it
 CODE = 2  # exit code where another process is the reason
 GONE = (
-    "{name} ended without a word, as a process does that is killed or finds no memory. The others cannot go on without it "
-    "and end too. The last checkpoint is whole: run the same command again to continue from it (--resume auto)."
+    "{name} ended without a word, as a process does that is killed or finds no memory. The others cannot go on without "
+    "it and end too. The last checkpoint is whole: run the same command again to continue from it (--resume auto)."
 )
 
 

@@ -1,7 +1,7 @@
 """Weights shared out over processes (FSDP2): each holds a part of every tensor and gathers a block when it runs.
 
-Blocks are the entries of the denoiser's module lists. The pipeline goes on calling the same module. It is loaded whole in
-every process first; its other networks stay whole. A sharded pipeline is not put back after the training.
+Blocks are the entries of the denoiser's module lists. The pipeline goes on calling the same module. It is loaded whole
+in every process first; its other networks stay whole. A sharded pipeline is not put back after the training.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def check(settings: TrainConfig) -> None:
     """Refuse what cannot work, before a process group exists."""
     if _told("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
-            "the launcher asks for DeepSpeed, whose engine owns the model's forward, backward and step, while a pipeline "
-            "calls its denoiser itself. Use FSDP2, which shards the same things: accelerate launch --config_file "
+            "the launcher asks for DeepSpeed, whose engine owns the model's forward, backward and step, while a "
+            "pipeline calls its denoiser itself. Use FSDP2, which shards the same things: accelerate launch --config_file "
             "configs/accelerate/fsdp2.yaml."
         )
     if not asked():

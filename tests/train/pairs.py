@@ -10,10 +10,57 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+from diffalign.train import checkpoint, evaluate
+from diffalign.train.job import Job
+from diffalign.train.policy import PolicyGradient
+
+from tests.train.tiny_runs import rows
 
 PATIENCE = 30.0  # seconds within which a process must have ended once the other one is gone
+EXACT: dict[str, Any] = {
+    "evaluate": {"batch": 1},  # pictures one by one, so that the batches of an evaluation are the same
+    "optim": {"epsilon": 1e-2},  # Adam makes a whole step of any gradient, such as one that is only rounding
+}
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "sampling": (PolicyGradient, "walk"),
+    "learning": (Job, "backward"),
+    "sharing gradients": (Job, "share_gradients"),
+    "evaluating": (evaluate, "draw"),
+    "writing a checkpoint": (checkpoint, "_write_own"),
+}
+
+
+def before(owner: Any, name: str, act: Callable[[int], None]) -> None:
+    """Call `act` with the number of the call before every call of a function."""
+    real, calls = getattr(owner, name), [0]
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        act(calls[0])
+        return real(*args, **kwargs)
+
+    setattr(owner, name, called)
+
+
+def alike(a: Path, b: Path, *, tolerance: float = 1e-6) -> None:
+    """Two runs with the same metrics and the same result but for rounding."""
+    left, right = rows(a), rows(b)
+    assert [row["step"] for row in left] == [row["step"] for row in right]
+    for one, two in zip(left, right, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            if isinstance(value, float) and not name.endswith("_t"):
+                assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-3), (one["step"], name)
+    weights = [load_file(next((run / "lora").rglob("*.safetensors"))) for run in (a, b)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.allclose(weights[0][n], weights[1][n], atol=tolerance, rtol=0) for n in weights[0])
 
 
 @dataclass
