@@ -48,7 +48,7 @@ class Train(ModelVerb):
 
     @classmethod
     def whole(cls) -> type[Train]:
-        return _with_settings(cls)
+        return _with_settings()
 
     def cost(self) -> dict[str, Any]:
         """What the preflight finds out."""
@@ -86,14 +86,14 @@ class Train(ModelVerb):
 
 
 @functools.cache
-def _with_settings(cls: type[Train]) -> type[Train]:
+def _with_settings() -> type[Train]:
     """The verb with every setting of a job as a field; made late, because the settings need torch."""
     from diffalign.train.settings import TrainConfig
 
-    class Whole(cls, TrainConfig):  # type: ignore[misc, valid-type]
+    class Whole(Train, TrainConfig):
         """A job as the command line tells it."""
 
-    Whole.__doc__ = cls.__doc__
+    Whole.__doc__ = Train.__doc__
     return dataclass(frozen=True, kw_only=True)(Whole)
 
 

@@ -77,7 +77,8 @@ def check(job: Job, objective: Objective) -> None:
         )
     if len(job.monitor) < 2:
         raise ConfigError(
-            f"an evaluation has {len(job.monitor)} picture, which tells nothing. Raise evaluate.per_prompt or evaluate.limit."
+            f"an evaluation has {len(job.monitor)} picture, which tells nothing. Raise evaluate.per_prompt or "
+            "evaluate.limit."
         )
     if len(job.monitor) // config.evaluate.per_prompt < processes:
         raise ConfigError(
@@ -143,7 +144,8 @@ def _require_noise(job: Job, objective: PolicyGradient) -> None:
         if not (std := float(kernel(driver.levels, x, x, i).std)) > LEAST_NOISE:
             raise ConfigError(
                 f"step {i} of the sampler has noise of deviation {std:.1e}, which is next to none: its log-density is "
-                "rounding, and images hardly differ. Raise noise.level, or leave the step out with noise.low or noise.high."
+                "rounding, and images hardly differ. Raise noise.level, or leave the step out with noise.low or "
+                "noise.high."
             )
 
 
@@ -202,7 +204,8 @@ def _spread(job: Job, objective: PolicyGradient, rewards: torch.Tensor) -> float
         raise ConfigError(f"reward {names} could not judge any of {len(rewards)} images. See the warnings above.")
     raise ConfigError(
         f"reward {names} is {float(known[0]):g} for all of {len(known)} images, so every advantage would be 0. Use a "
-        "reward with partial credit (shapes_soft instead of shapes), prompts that are neither hopeless nor solved, or more noise."
+        "reward with partial credit (shapes_soft instead of shapes), prompts that are neither hopeless nor solved, or "
+        "more noise."
     )
 
 
