@@ -211,7 +211,7 @@ def of_invalid(now: Look, config: WatchConfig) -> tuple[dict[str, float], list[F
     share = float(broken.double().mean())
     seen = f"the proxy could not judge {share:.0%} of the pictures (limit {config.invalid:.0%})"
     rows = tuple(broken.nonzero()[:SHOWN, 0].tolist())
-    return {"invalid": share}, [
+    return {"invalid_judged": share}, [
         Finding("invalid", share, config.invalid, share / config.invalid, seen, *INVALID, images=rows)
     ]
 

@@ -28,8 +28,8 @@ def check(settings: TrainConfig) -> None:
     if _told("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             "the launcher asks for DeepSpeed, whose engine owns the model's forward, backward and step, while a "
-            "pipeline calls its denoiser itself. Use FSDP2, which shards the same things: accelerate launch --config_file "
-            "configs/accelerate/fsdp2.yaml."
+            "pipeline calls its denoiser itself. Use FSDP2, which shards the same things: accelerate launch "
+            "--config_file configs/accelerate/fsdp2.yaml."
         )
     if not asked():
         return

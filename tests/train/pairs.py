@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from diffalign.train import checkpoint, evaluate
 from diffalign.train.job import Job
 from diffalign.train.policy import PolicyGradient
-
 from tests.train.tiny_runs import rows
 
 PATIENCE = 30.0  # seconds within which a process must have ended once the other one is gone

@@ -206,6 +206,11 @@ def test_a_tracker_hears_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {"proxy", "reward", "kl_base", "images_per_second"} <= set(heard[-1][1])
 
 
+def test_tensorboard_writes_its_curves_beside_the_metrics(tmp_path: Path):
+    run(tmp_path, trackers=["tensorboard"])
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
 def test_a_reward_given_as_an_object_trains(tmp_path: Path):
     """From a script a reward may be any callable; config.yaml then has its name."""
     asked = settings(tmp_path)

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from diffalign.errors import ConfigError, OutputError
 from diffalign.train import checkpoint, evaluate, interrupt, loop, processes
 from diffalign.train.job import Job
 from diffalign.train.policy import PolicyGradient
-
 from tests.train.pairs import EXACT, MOMENTS, PATIENCE, Pair, alike, before, both, pair
 from tests.train.tiny_runs import OBJECTIVES, die, files, forked, rows, run
 
@@ -168,7 +166,8 @@ def test_when_one_process_is_killed_the_other_one_ends_and_says_why(moment: str,
     assert seconds < 5
     told = running.said(1 - victim)
     assert f"process {victim} (pid {running.pids[victim]}" in told
-    assert "ended without a word" in told and "--resume auto" in told
+    assert "ended without a word" in told
+    assert "--resume auto" in told
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -232,7 +231,8 @@ def test_changed_settings_are_refused_in_every_process(tmp_path: Path) -> None:
     assert both(lambda rank: run(tmp_path, "run", steps=1), tmp_path / "log") == [0, 0]
     running = pair(lambda rank: run(tmp_path, "run", seed=1), tmp_path / "log")
     codes = running.wait(PATIENCE)
-    assert 0 not in codes and 999 not in codes
+    assert 0 not in codes
+    assert 999 not in codes
     assert all("seed: 0 -> 1" in running.said(rank) for rank in range(2))
 
 

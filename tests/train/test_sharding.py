@@ -12,7 +12,6 @@ import pytest
 from diffalign.errors import ConfigError
 from diffalign.train import checkpoint, processes, sharding
 from diffalign.train.policy import PolicyGradient
-
 from tests.train.pairs import EXACT, MOMENTS, PATIENCE, alike, before, both, pair
 from tests.train.tiny_runs import die, files, forked, run, settings
 

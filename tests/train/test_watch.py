@@ -256,7 +256,7 @@ def test_a_proxy_that_fails_on_many_pictures_raises_an_alarm() -> None:
     watch, broken = Watch(), torch.where(torch.arange(ROWS) % 2 == 0, math.nan, drawn(1, ROWS))
     told = [watch.observe(evaluation(k, base(), proxy=broken if k else drawn(1, ROWS))) for k in range(3)]
     assert names(told) == {"invalid"}
-    assert told[-1].metrics["invalid"] == 0.5
+    assert told[-1].metrics["invalid_judged"] == 0.5
     assert told[-1].metrics["proxy_gain"] == 0
 
 
