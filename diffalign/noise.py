@@ -8,7 +8,7 @@ Follows: DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16) for `ddim`; Fl
 Where we differ: alpha and sigma are read off the scheduler's own `add_noise` / `scale_noise`, so one formula serves
 variance-preserving, variance-exploding and flow latents in the pipeline's own scaling; `ddim` and `cps` therefore run
 on all of them. Means and log-densities are float32 whatever the model's dtype. `cps` reports the true Gaussian log-
-density.
+density. The first-step rule of `flow_sde` holds for starts just below pure noise too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from diffalign.cases import candidate_seed, derived_seed
 from diffalign.errors import ConfigError, SeamError
 
 Convention = Literal["sum", "mean"]
+NEARLY_NOISE = 0.99  # schedulers start at 1, 0.999999 or 0.9997 for one and the same thing; none starts in between
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def cps(a: float = 0.8) -> Kernel:
 
 
 def flow_sde(a: float = 0.7) -> Kernel:
-    """Euler-Maruyama step of the reverse SDE with g = a sqrt(s / (1 - s)); at s = 1 the second level bounds g."""
+    """Euler-Maruyama step of the reverse SDE with g = a sqrt(s / (1 - s)); at the start the second level bounds g."""
     if not a >= 0:
         raise ConfigError(f"flow_sde noise level a is {a}, but it cannot be negative.")
 
@@ -246,9 +247,11 @@ def diffused(g: Sequence[float]) -> Kernel:
 
 
 def flow_diffusion(levels: Levels, i: int, a: float) -> float:
-    """g of `flow_sde` at step i: a sqrt(s / (1 - s)), with the second level in the denominator at s = 1."""
+    """g of `flow_sde` at step i: a sqrt(s / (1 - s)), with the second level in the denominator where a chain starts
+    from (nearly) pure noise: there x keeps a share above 1 - a^2 / 2, while s = 0.999999 itself would give g = 1000 a.
+    """
     s = levels.at(i)[1]
-    below = s if s < 1 else levels.at(i + 1)[1]
+    below = levels.at(i + 1)[1] if s >= 1 or (i == 0 and s > NEARLY_NOISE) else s
     if below >= 1 or s == 0:
         raise SeamError("flow_sde needs a second noise level below 1. Use at least 2 steps.")
     return a * math.sqrt(s / (1 - below))

@@ -18,7 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffalign.errors import ConfigError, SeamError
-from diffalign.noise import Levels, Transition, case_generator, case_noise, cps, ddim, flow_sde, read_levels
+from diffalign.noise import (
+    Levels,
+    Transition,
+    case_generator,
+    case_noise,
+    cps,
+    ddim,
+    flow_diffusion,
+    flow_sde,
+    read_levels,
+)
 
 VARIANCE = 0.25
 
@@ -134,6 +144,29 @@ def test_full_coefficient_preserving_noise_keeps_only_the_clean_part():
 def test_the_first_flow_sde_step_takes_its_noise_from_the_second_level():
     levels, x, v = flow_levels(10), torch.randn(1, 4), torch.randn(1, 4)
     assert flow_sde(0.7)(levels, x, v, 0).std == pytest.approx(0.7 * math.sqrt(1 / (1 - 0.9)) * math.sqrt(0.1))
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.mark.parametrize("steps", [4, 10, 50])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("cls", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_a_start_just_below_pure_noise_is_one_from_pure_noise(cls, shift, steps):
+    scheduler = cls(**FLOW, flow_shift=shift)
+    scheduler.set_timesteps(steps)
+    levels, a = read_levels(scheduler, scheduler.timesteps), 0.7
+    assert 0.999 < float(levels.sigma[0]) < 1
+    pure = Levels(levels.alpha.clone(), levels.sigma.clone(), "flow")
+    pure.alpha[0], pure.sigma[0] = 0.0, 1.0
+    assert flow_diffusion(levels, 0, a) == pytest.approx(flow_diffusion(pure, 0, a), rel=1e-3)
+    for i in range(steps - 1):
+        one, none = torch.ones(1, 1), torch.zeros(1, 1)
+        of_x = flow_sde(a)(levels, one, none, i)
+        assert (0.3 if i else 1 - a * a / 2 - 1e-5) <= float(of_x.mean) <= 1  # what is left of x
+        assert 0 < of_x.std <= (1.1 if i else a + 1e-5)
+        h = float(levels.sigma[i] - levels.sigma[i + 1])
+        assert h <= -float(flow_sde(a)(levels, none, one, i).mean) <= h * (1 + a * a / 2) + 1e-5
 
 
 @given(st.floats(0.01, 3), st.integers(1, 5))

@@ -42,22 +42,6 @@ def with_image(cases: Sequence[Case], place: str, limit: int | None) -> list[Cas
     return [replace(case, source=picture) for case, picture in zip(cases, pictures, strict=True)]
 
 
-def with_named(cases: Sequence[Case], prompts: Path) -> list[Case]:
-    """Each case with the picture that its row names, by a path from the file of prompts."""
-    from diffalign.cli.score_tables import INPUTS as NAMES
-    from diffalign.cli.score_tables import named_inputs
-    from diffalign.gallery.pictures import IMAGES
-
-    beside, found = prompts if prompts.is_dir() else prompts.parent, []
-    for case in cases:
-        name = named_inputs(case.metadata).get("source", "")
-        if case.source is None and name.lower().endswith(IMAGES):  # else it is the name of a data set, or the like
-            rest = {key: value for key, value in case.metadata.items() if key not in NAMES["source"]}
-            case = replace(case, source=_read(beside / name), metadata=rest)
-        found.append(case)
-    return found
-
-
 def inputs_of(case: Case, stem: str, out: Path) -> dict[str, Any]:
     """Write the pictures a case came with; what its row says of them, and what was to be done."""
     from diffalign import atomic
@@ -85,7 +69,7 @@ def checks_of(parts: Mapping[str, float | None]) -> list[dict[str, Any]]:
 
 def _files(place: Path) -> list[Path]:
     """A picture, or those of a folder in the order of their names."""
-    from diffalign.gallery.pictures import IMAGES
+    from diffalign.data.named_pictures import IMAGES
 
     if not place.is_dir():
         return [place]

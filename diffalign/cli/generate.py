@@ -75,10 +75,11 @@ class Generate(PromptVerb):
     def cases(self) -> list[Case]:
         """What is asked, each case with its seed and, where it is an edit, its picture."""
         from diffalign.cli import edits
+        from diffalign.data import named_pictures
 
         cases = super().cases()
         if self.prompts is not None:
-            cases = edits.with_named(cases, Path(self.prompts))
+            cases = named_pictures.with_named(cases, Path(self.prompts))
         if self.image is None:
             return cases
         cases = edits.with_image(cases, self.image, self.limit)

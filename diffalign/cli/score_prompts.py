@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffalign.cases import Case
 from diffalign.cli.score_entry import Entry
-from diffalign.cli.score_tables import named_inputs
+from diffalign.data.named_pictures import named_inputs
 from diffalign.errors import ConfigError
 
 NAMED = ("file", "image", "file_name")  # what may hold the name of the image a prompt belongs to

@@ -11,8 +11,9 @@ from pathlib import Path
 from diffalign.cli import score_prompts, score_tables
 from diffalign.cli.score_entry import Entry
 from diffalign.cli.score_tables import Columns
+from diffalign.data.named_pictures import IMAGES
 from diffalign.errors import ConfigError, MediaError
-from diffalign.gallery.pictures import IMAGES, VIDEOS
+from diffalign.gallery.pictures import VIDEOS
 
 ROWS = (".jsonl", ".ndjson", ".parquet")  # files that name images
 

@@ -11,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.cli.score_entry import Entry
+from diffalign.data.named_pictures import INPUTS, named_inputs
 from diffalign.errors import ConfigError, MediaError, MissingExtra
 from diffalign.gallery import rows
 
 IMAGE_NAMES = ("image", "file", "file_name", "img", "jpg", "png", "image_path", "path")
 PROMPT_NAMES = ("prompt", "caption", "text", "instruction")
-INPUTS = {
-    "source": ("source", "source_image", "input_image"),
-    "control": ("control", "control_image"),
-    "reference": ("reference", "reference_image"),
-}
 _OWN = {"seed", "metadata", "inputs", "instruction", *(name for names in INPUTS.values() for name in names)}
 
 
@@ -48,17 +44,6 @@ class Columns:
 def read(file: Path, columns: Columns) -> list[Entry]:
     """The images that the rows of a file name."""
     return _from_parquet(file, columns) if file.suffix.lower() == ".parquet" else _from_lines(file, columns)
-
-
-def named_inputs(row: Mapping[str, Any]) -> dict[str, str]:
-    """Files of the pictures that a request came with, under `inputs` or by themselves."""
-    inside = rows.mapping(row.get("inputs"))
-    found: dict[str, str] = {}
-    for slot, names in INPUTS.items():
-        for name in (inside.get(slot), *(row.get(name) for name in names)):
-            if isinstance(name, str) and name:
-                found.setdefault(slot, name)
-    return found
 
 
 def _from_lines(file: Path, columns: Columns) -> list[Entry]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffalign.data.named_pictures import IMAGES
 from diffalign.errors import ConfigError
 from diffalign.gallery import rows, training
-from diffalign.gallery.pictures import IMAGES, VIDEOS
+from diffalign.gallery.pictures import VIDEOS
 from diffalign.gallery.sides import Item, Picture, Role, Side, numbered
 
 AGAIN = "Make the run again."

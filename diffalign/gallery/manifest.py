@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from diffalign.data.named_pictures import IMAGES
 from diffalign.errors import ConfigError
 from diffalign.gallery import compare
-from diffalign.gallery.pictures import IMAGES, VIDEOS, Unreadable, store
+from diffalign.gallery.pictures import VIDEOS, Unreadable, store
 from diffalign.gallery.sides import Item, Picture, Side, matched, named_apart, roles_of
 
 FORMAT, VERSION = "diffalign-gallery", 1

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from diffalign.gallery.sides import Picture
 
 VIDEOS = (".mp4", ".webm", ".mov")
-IMAGES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff")
 KEPT = {"PNG": ".png", "WEBP": ".webp", "JPEG": ".jpg", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tiff"}
 FILMED = {b"ftyp": 4, b"\x1a\x45\xdf\xa3": 0}  # how videos begin, and where
 WIDEST = 16383  # pixels of a WebP's side

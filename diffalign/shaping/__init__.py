@@ -24,7 +24,6 @@ from diffalign.shaping.ensembles import disagreement, gate, lcb, mean, median, s
 from diffalign.shaping.groups import Statistics, joint_ids, statistics
 from diffalign.shaping.hardness import data_hardness, hardness_scale, responsiveness
 from diffalign.shaping.hybrid import group_reference, hybrid, length_mask, length_penalty, outside
-from diffalign.shaping.ratios import ratio_norm
 from diffalign.shaping.references import calibrate_cdf, centred, lsc, par, smooth_cdf, tilt
 from diffalign.shaping.running import Running, mean_std, minmax, running_clip
 from diffalign.shaping.stepwise import renorm, return_to_go, step_norm
@@ -62,7 +61,6 @@ __all__ = [
     "minmax",
     "outside",
     "par",
-    "ratio_norm",
     "renorm",
     "responsiveness",
     "return_to_go",

@@ -1,8 +1,8 @@
 """Several rewards as one advantage: each normalised before they are added, or after.
 
-Paper: "GDPO: Group reward-Decoupled Normalization Policy Optimization", 2026 (arXiv 2601.05242). `gdpo` is its three
-steps: z-scores of each reward within its group, their weighted sum, and one z-score over the batch. `joint` is what it
-compares with: the z-score of the weighted sum.
+Paper: "GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization", S.-Y. Liu et
+al., 2026 (arXiv 2601.05242). `gdpo` is its three steps: z-scores of each reward within its group, their weighted sum,
+and one z-score over the batch. `joint` is what it compares with: the z-score of the weighted sum.
 
 Where we differ: a reward that does not apply is NaN and leaves its weight to the others; replacing it by 0 before the
 statistics, as the official code does, is `missing="zero"`. The deviation of a reward may have a floor, because a reward

@@ -1,8 +1,9 @@
 """Advantages on the scale of their task, weighted by how hard the prompt is.
 
-Paper: "GoLongRL", 2026 (arXiv 2605.19577): TMN-Reweight, as its code has it. Every prompt (group) belongs to a task, a
-kind of prompt or of verifier. The deviation is the root of the mean variance of the groups of a task, so that 0/1
-verifiers and continuous scores can share a batch while easy and hard prompts keep their relative size.
+Paper: "GoLongRL: Capability-Oriented Long Context Reinforcement Learning with Multitask Alignment", Lv et al., 2026
+(arXiv 2605.19577): TMN-Reweight, as its code has it. Every prompt (group) belongs to a task, a kind of prompt or of
+verifier. The deviation is the root of the mean variance of the groups of a task, so that 0/1 verifiers and continuous
+scores can share a batch while easy and hard prompts keep their relative size.
 
 Where we differ: a group of one has the advantage 0 and counts in no mean over a task (there: mean 0, variance 1).
 """

@@ -221,15 +221,15 @@ def checkpointing(denoisers: Mapping[str, nn.Module], on: bool = True) -> Iterat
 
 @contextmanager
 def compiled(denoisers: Mapping[str, nn.Module], on: bool = True, **options: Any) -> Iterator[None]:
-    """Run a block with every denoiser compiled in place by torch.compile(**options); names and hooks stay."""
-    before = [(module, module._compiled_call_impl) for module in denoisers.values()]
+    """Run a block in which every denoiser's forward is compiled; its hooks, such as those of autocast, stay outside."""
+    before = [(module, vars(module).get("forward")) for module in denoisers.values()]
     try:
         for module, _ in before if on else ():
-            module.compile(**options)
+            module.forward = torch.compile(module.forward, **options)
         yield
     finally:
-        for module, call in before:
-            module._compiled_call_impl = call
+        for module, forward in before if on else ():
+            vars(module).update({"forward": forward}) if forward else vars(module).pop("forward", None)
 
 
 def _refuse(parts: Mapping[str, nn.Module], config: AdapterConfig) -> None:

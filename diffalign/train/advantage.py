@@ -10,6 +10,9 @@ The stages, first to last; each acts on what the one before it left:
 
 With order normalise_combine (GDPO), 3 and 5 act on each member and the combination stands after them, followed by one
 z-score over the batch.
+
+Where we differ: groups that the filter takes out are not drawn again, as DAPO does; the step learns from fewer, and its
+loss is the mean over those. The data hardness of a job has no demonstration to compare with and takes the prompt.
 """
 
 from __future__ import annotations
@@ -68,10 +71,8 @@ def advantages(
     """Advantages of the rewards (N, K) of all processes; weights (K,), groups and tasks (N,), step rewards (N, T)."""
     _check(members, weights, config, steps)
     used = weights.to(members.device) != 0
-    members, weights = members[:, used], weights.to(members.device)[used]
-    if config.on_missing == "zero":
-        members = torch.where(members.isnan() & ~members.isnan().all(-1, keepdim=True), 0, members)
-    total = shaping.combine(members, weights, "renormalise" if config.on_missing == "renormalise" else "invalid")
+    members, weights = _filled(members[:, used], config), weights.to(members.device)[used]
+    total = combined(members, weights, config)
     if steps is not None:
         total = torch.where(steps.isnan().all(-1), torch.nan, total)
     valid = ~total.isnan()
@@ -88,6 +89,20 @@ def advantages(
     if config.hardness != "off":
         values = _weighed(values, gid, config, hardness or Hardness())
     return _finished(values, kept, config, _stats(compared, gid, valid, kept))
+
+
+def combined(members: Tensor, weights: Tensor, config: AdvantageConfig) -> Tensor:
+    """The total (N,) of members (N, K), NaN where a row has none; a member of weight 0 does not count."""
+    used = weights != 0
+    members = _filled(members[:, used], config)
+    return shaping.combine(members, weights[used], "renormalise" if config.on_missing == "renormalise" else "invalid")
+
+
+def _filled(members: Tensor, config: AdvantageConfig) -> Tensor:
+    """Members with 0 for what is missing where the config says so, but not in rows of which nothing is known."""
+    if config.on_missing != "zero":
+        return members
+    return torch.where(members.isnan() & ~members.isnan().all(-1, keepdim=True), 0, members)
 
 
 def _check(members: Tensor, weights: Tensor, config: AdvantageConfig, steps: Tensor | None) -> None:

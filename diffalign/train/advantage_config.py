@@ -21,7 +21,8 @@ class AdvantageConfig:
     order: Literal["combine_normalise", "normalise_combine"] = "combine_normalise"  # the second needs no common unit
     missing: Literal["auto", "renormalise", "invalid", "zero"] = "auto"  # a member is NaN: its weight to the rest, the
     # row out, or a reward of 0; auto: renormalise for normalise_combine, invalid for sums of raw rewards
-    filter: float | tuple[float, ...] | None = None  # reward units: groups at or below this std are left out; one
+    filter: float | tuple[float, ...] | None = None  # reward units: groups at or below this std are left out, and
+    # the loss is the mean over the rest; none is drawn again in their place; one
     # number for each member with normalise_combine, where one member above its own is enough
     win_rate: bool = False  # ranks in the group instead of rewards: no tiny spread is blown up, and distances are lost
     normalise: Normalise = "grpo"  # dr: hard and easy prompts weigh alike, but adv_scale must fit the reward's unit
@@ -33,12 +34,15 @@ class AdvantageConfig:
     trim_high: float = 0.0  # the same of its highest; one failed image no longer sets the scale
     tmn_alpha: float = 0.8  # weight of the prompt's own mean in the bar for a success; the rest is its task's
     tmn_gamma: float = 1.0  # nats: rare successes on hard prompts count up to e^(gamma/2) as much; 0: all alike
+    task_by: str = "tag"  # name in a prompt's metadata that tells tmn its task; prompts without it are one task
     batch_norm: bool = True  # with normalise_combine: keeps the size of advantages independent of the member count
     step_norm: StepNorm = "none"  # one advantage per image, or per step: over which steps statistics are taken
+    # the next three are for callers of `advantages`; a training job has the objective's credit.gamma, process and mu
     credit: Literal["step", "return"] = "step"  # a step's own reward, or the sum from it to the last: more noise
     renorm: bool = False  # each step's reward plus the outcome minus mu; both in [0, 1], as calibrated rewards are
     mu: float = 1.0  # reward units; cancels wherever every group has all its steps and a mean is subtracted
-    hardness: Literal["off", "data", "responsiveness", "both"] = "off"  # hard prompts count more, by at most about 1.5
+    hardness: Literal["off", "data", "responsiveness", "both"] = "off"  # hard images count more, by at most about 1.5;
+    # in a training job data alone: 1 - the cosine of an image and its prompt by the CLIP of evaluate.tower
     hardness_denominator: Literal["prompt", "batch"] = "prompt"  # batch compares prompts, prompt the images of one
     hardness_tau: float = math.inf  # squared reward units: gaps farther from their prompt's mean are outliers
     adv_scale: float = 1.0  # factor on the advantages, as one on the learning rate but before the clip

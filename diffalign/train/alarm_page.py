@@ -117,7 +117,8 @@ def _against(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         place = {"xytext": (6 if side == "left" else -6, -14), "textcoords": "offset points", "ha": side}
         axis.annotate(f"step {row['step']}", (x, y), fontsize=9, color=INK, **place)
     axis.set_xlabel("proxy" if across == "proxy" else "gain of the proxy, deviations")
-    _dress(axis, f"What the proxy stands for: {label} against proxy", label, legend=False)
+    unit = "held out, deviations" if name.startswith("heldout") else label  # members of a panel share no other unit
+    _dress(axis, f"What the proxy stands for: {label} against proxy", unit, legend=False)
 
 
 def _line(

@@ -1,15 +1,20 @@
 """Credit over the steps of a chain: how strongly each step trains, and which part of the reward is its own.
 
-Papers: TempFlow-GRPO, 2025 (arXiv 2508.04324): `tempflow_weights`; GRPO-Guard, 2025 (arXiv 2510.22319):
-`ratio_norm_log_ratio` with the weight 1/h; CoCA, "Step-level Reward for Free in RL-based T2I Diffusion Model
-Fine-tuning", 2025 (arXiv 2505.19196): `coca`; PSRD, "Mitigating Multimodal Hallucination via Phase-wise Self-reward"
-(arXiv 2604.17982): `phase_gains`; DenseGRPO, 2026 (arXiv 2601.20218, section 3.1): `dense_gains`. Step rewards meet the
+Papers: "TempFlow-GRPO: When Timing Matters for GRPO in Flow Models", He et al., 2025 (arXiv 2508.04324):
+`tempflow_weights`; "GRPO-Guard: Mitigating Implicit Over-Optimization in Flow Matching via Regulated Clipping", Wang et
+al., 2025 (arXiv 2510.22319): `noise_log_ratio` with the weight 1/h; CoCA, "Step-level Reward for Free in RL-based T2I
+Diffusion Model Fine-tuning", 2025 (arXiv 2505.19196): `coca`; PSRD, "Mitigating Multimodal Hallucination via Phase-wise
+Self-reward", Zhang et al., 2026 (arXiv 2604.17982): `phase_gains`; "DenseGRPO: From Sparse to Dense Reward for Flow
+Matching Model Alignment", Deng et al., 2026 (arXiv 2601.20218, section 3.1): `dense_gains`. Step rewards meet the
 outcome in `diffalign.shaping.renorm` and are normalised over sets of steps in `diffalign.shaping.step_norm`.
 
-Where we differ: deterministic steps have no ratio and get the weight 0, and TempFlow's mean runs over the others. CoCA
-counts a step away from the final image as no gain, falls back to even weights where nothing is gained, and does not
-standardise again per step, which would undo its weights. Phases of PSRD are read as intervals of noise levels, and a
-phase's gain is shared evenly by its steps.
+Where we differ: deterministic steps have no ratio and get the weight 0. TempFlow's mean runs over all steps that may
+have noise, also where a window trains only some of them: a step weighs the same wherever the window is. The normalised
+ratio is computed from noise and change of mean rather than from two log-densities, which loses no digits, and its mean
+over elements is taken for each image; the official code takes it over the whole batch. CoCA counts a step away from the
+final image as no gain, falls back to even weights where nothing is gained, and does not standardise again per step,
+which would undo its weights. Phases of PSRD are read as intervals of noise levels, and a phase's gain is shared evenly
+by its steps.
 
 Steps are numbered in sampling order. Letters: N images, T steps, K phases; nu_i is the standard deviation of step i and
 h_i its size in noise level.
@@ -32,54 +37,41 @@ from diffalign.shaping import return_to_go
 SMALLEST_GAIN = 1e-3  # a chain whose similarities grow by less in all says nothing about its steps
 
 
-def uniform_weights(nu: Tensor, h: Tensor) -> Tensor:
+def uniform_weights(nu: Tensor, h: Tensor, reference: float | None = None) -> Tensor:
     """Loss weights (T,) of the plain objective: 1 for every step with noise."""
     return (nu > 0).to(nu)
 
 
-def tempflow_weights(nu: Tensor, h: Tensor | None = None) -> Tensor:
-    """Loss weights (T,) nu_i / mean nu over the steps with noise, where their mean is 1."""
+def tempflow_weights(nu: Tensor, h: Tensor | None = None, reference: float | None = None) -> Tensor:
+    """Loss weights (T,) nu_i / `reference`, the mean nu of all steps that may have noise; by default of those given."""
     noisy = nu > 0
-    return torch.where(noisy, nu, 0) / (nu.clamp(min=0).sum() / noisy.sum().clamp(min=1)).clamp(min=1e-30)
+    mean = nu.clamp(min=0).sum() / noisy.sum().clamp(min=1) if reference is None else torch.as_tensor(reference).to(nu)
+    return torch.where(noisy, nu, 0) / mean.clamp(min=1e-30)
 
 
-def ratio_norm_weights(nu: Tensor, h: Tensor) -> Tensor:
-    """Loss weights (T,) 1 / h_i of the steps with noise, which `ratio_norm_log_ratio` goes with."""
+def ratio_norm_weights(nu: Tensor, h: Tensor, reference: float | None = None) -> Tensor:
+    """Loss weights (T,) 1 / h_i of the steps with noise, which `noise_log_ratio` goes with."""
     return torch.where(nu > 0, 1 / h, 0)
 
 
-STEP_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+STEP_WEIGHTS: dict[str, Callable[..., Tensor]] = {  # of nu (T,), h (T,) and tempflow's reference
     "none": uniform_weights,
     "tempflow": tempflow_weights,
     "ratio_norm": ratio_norm_weights,
 }
 
 
-def ratio_norm_log_ratio(
-    log_theta: Tensor,
-    log_old: Tensor,
-    mean_theta: Tensor,
-    mean_old: Tensor,
-    nu: float,
-    convention: Convention = "mean",
+def noise_log_ratio(
+    x_next: Tensor, mean_theta: Tensor, mean_old: Tensor, nu: float, convention: Convention = "mean"
 ) -> Tensor:
-    """log r (N,) = nu (l - l_old + mean(delta^2) / (2 nu^2)) of one step; the gradient flows through delta (N, ...).
+    """RatioNorm's log r (N,) = nu (l - l_old + mean(delta^2) / (2 nu^2)) of one step, as mean(eps delta).
 
-    The drift of the plain log-ratio cancels, so that log r is the mean of eps delta and the clip is symmetric.
+    The drift of the plain log-ratio has cancelled, so that the clip is symmetric; the gradient flows through delta.
     """
     if not nu > 0:
         raise ConfigError(
             f"ratio normalisation needs a step with noise, and this one has nu = {nu}. Train SDE steps only."
         )
-    squares = (mean_theta.float() - mean_old.float()).square().flatten(1)
-    drift = squares.mean(1) if convention == "mean" else squares.sum(1)
-    return nu * (log_theta - log_old + drift / (2 * nu**2))
-
-
-def noise_log_ratio(
-    x_next: Tensor, mean_theta: Tensor, mean_old: Tensor, nu: float, convention: Convention = "mean"
-) -> Tensor:
-    """`ratio_norm_log_ratio` (N,) as mean(eps delta), which loses no digits between two large log-densities."""
     eps = (x_next.detach().float() - mean_old.float()) / nu
     products = (eps * (mean_theta.float() - mean_old.float())).flatten(1)
     return products.mean(1) if convention == "mean" else products.sum(1)
@@ -98,11 +90,6 @@ def coca(sims: Tensor, window: int = 1, alpha: float = 0.0) -> Tensor:
     each = (gains / (length * total.clamp(min=SMALLEST_GAIN)))[:, part]  # (N, T), 1 in all
     each = torch.where(total < SMALLEST_GAIN, 1 / steps, each)
     return alpha + (1 - alpha) * returns(each, 1)
-
-
-def uniform_credit(T: int) -> Tensor:
-    """Weights (T,) (T - i) / T: what CoCA gives when every step gains as much."""
-    return torch.arange(T, 0, -1) / T
 
 
 def phase_ends(levels: Sequence[float], cuts: Sequence[float]) -> list[int]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Literal
 
 from diffalign.cases import Case, derived_seed
@@ -45,9 +46,10 @@ def read(config: PromptsConfig) -> list[Case]:
 
         cases = world.prompts(config.split)
     else:
+        from diffalign.data.named_pictures import INPUTS, with_named
         from diffalign.data.prompt_sets import read_prompts
 
-        cases = read_prompts(str(config.file))
+        cases = with_named(read_prompts(str(config.file)), Path(str(config.file)), tuple(INPUTS))
     where = config.file or config.split
     cases = [case for case in cases if case.prompt.strip()]
     if not config.keep_duplicates:
@@ -126,6 +128,12 @@ class PromptSampler:
             for group, index in enumerate(self.at(step, groups))
             for member in range(group_size)
         ]
+
+    def tasks_of(self, step: int, groups: int, by: str) -> list[int]:
+        """The number of each group's task in this step: prompts with one value of `by` in their metadata share it."""
+        values = [str(self.cases[index].metadata.get(by)) for index in self.at(step, groups)]
+        numbers = {value: k for k, value in enumerate(dict.fromkeys(values))}
+        return [numbers[value] for value in values]
 
     def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self.cases)))

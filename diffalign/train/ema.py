@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from diffalign.errors import ConfigError, ModelError
 
+BEGUN = "begun"  # beside the averages in a state: whether any weights were taken in
+
 
 def warm_up(step: int, decay: float) -> float:
     """d_k = min((1 + k) / (10 + k), decay): the first weights, which are the start's, are soon forgotten."""
@@ -18,7 +20,10 @@ def warm_up(step: int, decay: float) -> float:
 
 
 class Ema:
-    """avg <- d avg + (1 - d) weights, after every `every`-th optimiser step; steps are counted from 0."""
+    """avg <- d avg + (1 - d) weights, after every `every`-th optimiser step; steps are counted from 0.
+
+    Until the first of these the average is only what training began with, and `swapped` leaves the weights as they are.
+    """
 
     def __init__(
         self,
@@ -35,6 +40,7 @@ class Ema:
         self.decay, self.every, self.rule = decay, every, rule
         self._weights = dict(named)
         self._averages = {name: _copy(weight) for name, weight in self._weights.items()}
+        self.begun = False
 
     @torch.no_grad()
     def update(self, step: int) -> bool:
@@ -44,11 +50,15 @@ class Ema:
         decay = self.rule(step, self.decay)
         for name, average in self._averages.items():
             average.lerp_(self._weights[name].detach().to(average), 1 - decay)
+        self.begun = True
         return True
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Run a block with the averages in the model; the trained weights come back to the bit, whatever happens."""
+        if not self.begun:
+            yield
+            return
         kept = {name: held(weight) for name, weight in self._weights.items()}
         try:
             for name, weight in self._weights.items():
@@ -59,15 +69,18 @@ class Ema:
                 put(weight, kept[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages, float32, as copies; the decay depends on the step alone, so there is nothing else to keep."""
-        return {name: whole(average).clone() for name, average in self._averages.items()}
+        """The averages, float32, as copies, and whether they have begun; the decay depends on the step alone."""
+        averages = {name: whole(average).clone() for name, average in self._averages.items()}
+        return averages | {BEGUN: torch.tensor(self.begun)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over averages; names and shapes must be those of the weights."""
-        check_names(self._averages, state, "the averages")
+        averages = {name: average for name, average in state.items() if name != BEGUN}
+        check_names(self._averages, averages, "the averages")
         for name, average in self._averages.items():
-            fill(average, state[name])
+            fill(average, averages[name])
+        self.begun = bool(state.get(BEGUN, True))
 
 
 def whole(tensor: Tensor) -> Tensor:

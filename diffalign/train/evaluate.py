@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from diffalign.intervals import bootstrap
 from diffalign.noise import Kernel, ddim, flow_sde
 from diffalign.train import diversity
 from diffalign.train.job import Job, rate
+from diffalign.train.look import Look
+from diffalign.train.overoptimisation import gap_interval, panel_moves, path_kl
 from diffalign.train.rollout import sample
+from diffalign.train.run_folder import BASE
 from diffalign.train.watch import Evaluation
 
-BASE = "samples/base.safetensors"
 KL_NOISE = {"flow": flow_sde(0.7)}  # the walks whose divergence is measured; ancestral DDIM for all other models
 
 
@@ -98,10 +101,10 @@ def prompt_margin(job: Job, features: Tensor) -> Tensor | None:
 
 
 def divergence(job: Job) -> float:
-    """KL of the policy's stochastic walks from those of the base model: the sum over steps of ||d mu||^2 / (2 nu^2)."""
+    """KL of the policy's stochastic walks from those of the base model: NaN where none is walked."""
     count = job.config.evaluate.kl_prompts
     if not count:
-        return 0.0
+        return math.nan
     cases = list(job.monitor)[:: job.config.evaluate.per_prompt][:count]
     driver = Driver(job.pipe, cases, budget=job.budget, memory=job.memory, **job.deployed)
     kernel: Kernel = KL_NOISE.get(driver.levels.prediction, ddim(1.0))
@@ -116,8 +119,11 @@ def divergence(job: Job) -> float:
     std: dict[int, float] = {}
     with job.trained.reference():
         walked.replay("sum", keep, grad=False)
-    each = [(walked.means[i] - base[i]).square().flatten(1).sum(1) / (2 * std[i] ** 2) for i in steps if std[i] > 0]
-    return float(torch.stack(each).sum(0).mean()) if each else 0.0
+    noisy = [i for i in steps if std[i] > 0]
+    if not noisy:
+        return math.nan
+    squared = torch.stack([(walked.means[i] - base[i]).square().flatten(1).sum(1) for i in noisy], dim=1)
+    return path_kl(squared, torch.tensor([std[i] for i in noisy], dtype=torch.float64))
 
 
 def _share(job: Job, rank: int) -> list[int]:
@@ -137,12 +143,18 @@ def _all(job: Job, mine: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts])[order] for name in mine}
 
 
-def figures(found: Evaluation, seed: int) -> dict[str, Any]:
-    """Proxy, truth, the panel and the variety of the pictures as means over prompts with intervals."""
+def figures(found: Evaluation, base: Look, seed: int) -> dict[str, Any]:
+    """Proxy, truth, the panel and the variety of the pictures as means over prompts with intervals.
+
+    `heldout` is what the panel's members gained since `base` in units of its spread, as they have no unit in common.
+    """
     told: dict[str, Any] = {}
     rows = {"proxy": found.proxy, "truth": found.truth, **{f"panel/{k}": v for k, v in found.panel.items()}}
     if found.panel:
-        rows["heldout"] = torch.stack(list(found.panel.values())).mean(0)
+        rows["heldout"] = panel_moves(found.panel, base.panel, found.prompts)
+        gold = [(found.panel[name], base.panel[name]) for name in base.panel]
+        if gap := gap_interval((found.proxy, base.proxy), gold, found.prompts, seed=seed):
+            told |= {"hacking_gap_lo": gap.lo, "hacking_gap_hi": gap.hi}
     for name, values in rows.items():
         if values is None or not len(by_prompt := prompt_means(values, found.prompts)):
             continue

@@ -23,6 +23,7 @@ from diffalign.errors import ConfigError, DiffalignError
 from diffalign.memory import Memory
 from diffalign.scoring import Reward
 from diffalign.train.adapters import Trained
+from diffalign.train.advantage import combined
 from diffalign.train.data import PromptSampler
 from diffalign.train.settings import TrainConfig
 
@@ -104,11 +105,6 @@ class Job:
     def sampler(self) -> PromptSampler:
         return PromptSampler(self.prompts, seed=self.seed)
 
-    @property
-    def groups_here(self) -> int:
-        """Groups of this process; every group lives on one of them."""
-        return self.config.groups // self.processes
-
     def groups_of(self, rank: int) -> list[int]:
         """The groups of a process: its share of what each update learns from, so that updates learn from the same
         groups whatever the number of processes; one run of neighbours where the groups do not divide that way."""
@@ -128,6 +124,11 @@ class Job:
         """(N,) group of every image of a step, over all processes in their order."""
         groups = [group for rank in range(self.processes) for group in self.groups_of(rank)]
         return torch.tensor(groups).repeat_interleave(self.config.group_size)
+
+    def task_ids(self, step: int) -> Tensor:
+        """(N,) task of every image of a step, in the order of `group_ids`; every process knows all of them."""
+        tasks = self.sampler.tasks_of(step, self.config.groups, self.config.advantage.task_by)
+        return torch.tensor(tasks)[self.group_ids]
 
     @cached_property
     def memory(self) -> Memory:
@@ -156,10 +157,23 @@ class Job:
         """Whether some reward compares the pictures of a prompt, which must then be scored together."""
         return any(scoring.is_listwise(reward) for reward, _ in self.members)
 
+    def total(self, members: Tensor) -> Tensor:
+        """One reward (N,) of what the members (N, K) say, as `advantage.missing` has it; NaN where there is none."""
+        return combined(members, self.weights.to(members), self.config.advantage)
+
     def score(self, media: Tensor, cases: Sequence[Case]) -> Tensor:
         """What every reward says of media (B, [F,] 3, H, W): (B, K) float32 on the CPU, NaN where it failed."""
         self.budget.charge(reward_calls=len(cases) * len(self.members))
         return torch.stack([rate(reward, media, cases) for reward, _ in self.members], dim=1)
+
+    @torch.no_grad()
+    def misses(self, media: Tensor, cases: Sequence[Case]) -> Tensor:
+        """How far pictures (B, [F,] 3, H, W) are from their prompts (B,): 1 - cosine in [0, 1], a video's by frames."""
+        assert self.tower is not None
+        frames = media.shape[1] if media.ndim == 5 else 1
+        prompts = [case.prompt for case in cases for _ in range(frames)]
+        cosines = self.tower.cosines(media.flatten(0, 1) if media.ndim == 5 else media, prompts)
+        return (1 - cosines.view(-1, frames).mean(1)).clamp(0, 1).cpu()
 
     @contextmanager
     def scoring(self) -> Iterator[Callable[[Tensor, Sequence[Case]], Future[Tensor]]]:
@@ -176,10 +190,11 @@ class Job:
             yield ask
 
     def require_valid(self, rewards: Tensor, step: int) -> float:
-        """The share of images (N, K) that some reward failed on; too many of them end the run."""
-        lost = float(rewards.isnan().any(1).float().mean())
+        """The share of images (N, K) that have no total, as rewards failed on them; too many of them end the run."""
+        lost = float(self.total(rewards).isnan().float().mean())
         if lost > self.config.invalid_limit:
-            names = [reward.name for k, (reward, _) in enumerate(self.members) if bool(rewards[:, k].isnan().any())]
+            counts = [bool(weight and rewards[:, k].isnan().any()) for k, (_, weight) in enumerate(self.members)]
+            names = [reward.name for (reward, _), failed in zip(self.members, counts, strict=True) if failed]
             raise ConfigError(
                 f"reward {', '.join(names)} failed on {lost:.0%} of the images of step {step}, more than the "
                 f"{self.config.invalid_limit:.0%} of invalid_limit. Training on the rest would follow what the reward "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diffalign.errors import ModelError
-from diffalign.train import alarm_page, checkpoint, evaluate, interrupt, sharding
+from diffalign.train import alarm_page, checkpoint, evaluate, interrupt, state
 from diffalign.train.checkpoint import Checkpoint
 from diffalign.train.ema import Ema, whole
 from diffalign.train.job import Job
@@ -158,7 +158,7 @@ class Loop:
             if self.step == 0:
                 evaluate.keep_base(job.folder, found)
         self._raise_alarms(verdict, found)
-        line = {**(row or {}), **verdict.metrics, **evaluate.figures(found, job.seed), "kl_base": found.kl}
+        line = {**(row or {}), **verdict.metrics, **evaluate.figures(found, self.watch.base, job.seed)}
         ended = self.cost()
         for name in ("seconds", "nfe"):
             self.judging[f"judging_{name}"] += ended[name] - begun[name]
@@ -176,7 +176,7 @@ class Loop:
         self.ended = self.halted
         if self.went_back is not None:
             best = checkpoint.load(self._checkpoints / f"step-{self.went_back}", self.job.rank)
-            self.restore(best, weights_only=True)
+            state.restore_weights(self, best)
             self.ended += f": back to step {self.went_back}"
 
     def _raise_alarms(self, verdict: Verdict, found: Any) -> None:
@@ -236,29 +236,17 @@ class Loop:
     def _checkpoints(self) -> Path:
         return self.job.folder / "checkpoints"
 
+    def kept(self, step: int) -> bool:
+        """Whether there is a checkpoint of a step."""
+        return (self._checkpoints / f"step-{step}").is_dir()
+
     def save(self, best: int | None = None) -> None:
         """Keep everything a resumed run needs; the best checkpoint and the latest few stay."""
-        job, scaler = self.job, self.job.accelerator.scaler
-        state = {
-            "step": self.step,
-            "updates": self.updates,
-            "bad": self.bad,
-            "skipped": self.skipped,
-            "spent": self.cost(),
-            "alarms": self.alarms,
-            "training": self.training,
-            "halted": [self.halted, self.went_back],
-            "trained": job.trained.state_dict(),
-            "optimizer": sharding.gathered(self.optimizer.state_dict()),
-            "ema": self.ema.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "objective": self.objective.state(),
-            "watch": self.watch.state_dict(),
-        }
+        job = self.job
         checkpoint.save(
             self._checkpoints,
             self.step,
-            state,
+            state.of(self),
             rank=job.rank,
             processes=job.processes,
             barrier=job.accelerator.wait_for_everyone,
@@ -267,28 +255,9 @@ class Loop:
             protected = self.watch.best_step if best is None else best
             checkpoint.prune(self._checkpoints, job.config.keep, protect=(protected,))
 
-    def restore(self, found: Checkpoint, *, weights_only: bool = False) -> None:
-        """Go on from a checkpoint, or take only its weights."""
-        state = found.state
-        self.job.trained.load_state_dict(state["trained"])
-        self.ema.load_state_dict(state["ema"])
-        if weights_only:
-            return
-        self.step, self.updates = int(state["step"]), int(state["updates"])
-        self.bad, self.skipped = int(state["bad"]), int(state["skipped"])
-        self.spent, self.alarms = dict(state["spent"]), list(state["alarms"])
-        self.judging = {name: self.spent.get(name, value) for name, value in self.judging.items()}
-        self.training = dict(state["training"])
-        self.halted, self.went_back = ("", None) if self.job.config.force else state["halted"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        sharding.spread(self.optimizer)
-        if self.job.accelerator.scaler is not None:
-            self.job.accelerator.scaler.load_state_dict(state["scaler"])
-        self.objective.restore(state["objective"])
-        self.watch.load_state_dict(state["watch"])
-        self.first, self.resumed = self.step, True
-        if found.rng is not None:
-            checkpoint.restore_rng(found.rng)
+    def restore(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        state.restore(self, found)
 
 
 def _parts(micros: Sequence[Any], count: int) -> list[Sequence[Any]]:

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from diffalign.train.settings import named
 
 if TYPE_CHECKING:
     from diffalign.train.job import Job
+    from diffalign.train.rehearsal import Rehearsal
 
 
 @dataclass
@@ -52,6 +53,14 @@ class Objective(Protocol):
         """What a resumed run needs beside the weights."""
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Rehearses(Protocol):
+    """An objective that tries itself on less than a step; any other is tried on a whole one."""
+
+    def rehearse(self, job: Job) -> Rehearsal:
+        """Try a micro-batch and leave its gradient; refuse what would teach nothing."""
 
 
 def names() -> list[str]:

@@ -1,7 +1,7 @@
 """How far a reward was optimised past what it stands for: gains, gap, frontier, turn-over and scaling fits.
 
 Papers: "Scaling Laws for Reward Model Overoptimization", Gao, Schulman and Hilton, 2022 (arXiv 2210.10760): the two
-curves of gold reward against the root of the KL divergence, and the KL bound of best-of-n.
+curves of gold reward against the root of the KL divergence.
 
 Rewards are (N,), one per image, higher is better; `prompts` (N,) says which images share a prompt. NaN is invalid and
 left out, together with the image it would be compared with. The proxy is the reward that trains; gold is held out.
@@ -13,15 +13,15 @@ base model's spread within a prompt, so that scorers of any scale can be compare
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from diffalign.errors import ConfigError
-from diffalign.intervals import Interval, bootstrap, wilson
+from diffalign.intervals import Interval, bootstrap
 
 LEAST_PROXY_GAIN = 0.1  # below it the share of a gain that transfers is a ratio of noises
 Form = Literal["rl", "best_of_n"]
@@ -73,15 +73,18 @@ def standardised_gain(now: Tensor, base: Tensor, prompts: Tensor) -> Gain:
     return Gain(change.value / spread, change.se / spread) if spread > 0 else Gain(math.nan, math.nan)
 
 
-def panel_gain(now: dict[str, Tensor], base: dict[str, Tensor], prompts: Tensor) -> Gain:
+def panel_gain(now: Mapping[str, Tensor], base: Mapping[str, Tensor], prompts: Tensor) -> Gain:
     """Mean of the members' standardised gains; its error is that of the mean member, prompt by prompt."""
-    spreads = {name: pooled_std(base[name], prompts) for name in base}
-    moved = [(now[name].double() - base[name].double()) / s for name, s in spreads.items() if s > 0]
-    if not moved:
-        return Gain(math.nan, math.nan)
-    each = torch.tensor([mean_change(m, torch.zeros_like(m), prompts).value for m in moved])  # (K,)
-    joint = mean_change(torch.stack(moved).nanmean(0), torch.zeros_like(moved[0]), prompts)
-    return Gain(float(each.nanmean()), joint.se)
+    joint = panel_moves(now, base, prompts)
+    still = torch.zeros_like(joint)
+    each = [mean_change(_moves(now[name], base[name], prompts), still, prompts).value for name in base]  # (K,)
+    return Gain(float(torch.tensor(each).nanmean()), mean_change(joint, still, prompts).se)
+
+
+def panel_moves(now: Mapping[str, Tensor], base: Mapping[str, Tensor], prompts: Tensor) -> Tensor:
+    """For every image the mean of its members' changes, each in units of the base model's spread; NaN without any."""
+    moved = [_moves(now[name], base[name], prompts) for name in base]
+    return torch.stack(moved).nanmean(0) if moved else torch.full(prompts.shape, math.nan, dtype=torch.float64)
 
 
 def hacking_gap(proxy_gain: float, gold_gain: float) -> float:
@@ -90,13 +93,20 @@ def hacking_gap(proxy_gain: float, gold_gain: float) -> float:
 
 
 def gap_interval(
-    proxy: tuple[Tensor, Tensor], gold: Sequence[tuple[Tensor, Tensor]], prompts: Tensor, *, draws: int = 1000
-) -> Interval:
-    """The hacking gap with a bootstrap over prompts; each reward is (now, base)."""
-    gaps = _moves(*proxy, prompts) - torch.stack([_moves(*member, prompts) for member in gold]).mean(0)
+    proxy: tuple[Tensor, Tensor],
+    gold: Sequence[tuple[Tensor, Tensor]],
+    prompts: Tensor,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval | None:
+    """The hacking gap with a bootstrap over prompts; each reward is (now, base). None where nothing can be compared."""
+    gaps = _moves(*proxy, prompts) - torch.stack([_moves(*member, prompts) for member in gold]).nanmean(0)
     means, count = by_prompt(gaps, prompts)
     kept = count > 0
-    return bootstrap(means[kept].tolist(), weights=count[kept].tolist(), draws=draws)
+    if not kept.any():
+        return None
+    return bootstrap(means[kept].tolist(), weights=count[kept].tolist(), draws=draws, seed=seed)
 
 
 def transfer(proxy_gain: float, gold_gain: float) -> float:
@@ -157,6 +167,35 @@ def turn_over(proxy: Sequence[float], gold: Sequence[float], weight: float = 0.5
     return TurnOver(-peak[1], peak[0] - level[-1], proxy[-1] - proxy[-peak[1]])
 
 
+def of_run(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the evaluations of a run, as metrics.jsonl has them, say of over-optimisation; without a panel nothing.
+
+    `turn_over`: the step of the highest held-out gain, what was lost since and what the proxy gained meanwhile;
+    `transfer` and `hacking_gap` of the last evaluation; `frontier`: the mean held-out gain within KL budgets up to the
+    run's own `kl`; `hypervolume`: the area of held-out gain by variety that its checkpoints reach.
+    """
+    judged = [row for row in rows if _number(row, "heldout_gain") == _number(row, "heldout_gain")]
+    if not judged:
+        return {}
+    proxy, gold, kl = ([_number(row, name) for row in judged] for name in ("proxy_gain", "heldout_gain", "kl_base"))
+    last, peak = judged[-1], turn_over(proxy, gold)
+    gap = {"mean": last.get("hacking_gap"), "lo": last.get("hacking_gap_lo"), "hi": last.get("hacking_gap_hi")}
+    since = peak.proxy_since if math.isfinite(peak.proxy_since) else None
+    told: dict[str, Any] = {
+        "step": last["step"],
+        "turn_over": {"step": judged[peak.index]["step"], "loss": peak.loss, "proxy_since": since},
+        "transfer": last.get("transfer"),
+        "hacking_gap": gap,
+    }
+    far = max((k for k in kl if k == k), default=0.0)
+    if far > 0:  # a KL that is not known lies within no budget
+        told["frontier"] = {"gain": frontier_auc(kl, gold, far), "kl": far}
+    varied = [(g, ratio) for row, g in zip(judged, gold, strict=True) if (ratio := _number(row, "diversity")) == ratio]
+    if varied:
+        told["hypervolume"] = hypervolume(varied)
+    return told
+
+
 @dataclass(frozen=True)
 class Gao:
     """Gold reward against d = sqrt(KL): d (alpha - beta ln d) for RL, d (alpha - beta d) for best-of-n."""
@@ -194,27 +233,6 @@ def fit_gao(kl: Sequence[float], gold: Sequence[float], form: Form = "rl") -> Ga
     return Gao(alpha, beta, form)
 
 
-def best_of_n_kl(n: int) -> float:
-    """At most this KL separates the best of n samples from one sample: ln n - (n - 1) / n."""
-    if n < 1:
-        raise ConfigError(f"n is {n}, but the best of n needs at least one sample.")
-    return math.log(n) - (n - 1) / n
-
-
-def win_rate(shown_first: Tensor, shown_second: Tensor) -> Interval:
-    """Share of pairs won against the base when asked in both orders; each verdict (N,) is 1, 1/2 or 0.
-
-    Orders that contradict each other make a tie, a tie counts one half, and the Wilson interval rounds it outwards.
-    """
-    both = (shown_first.double() + shown_second.double()) / 2
-    both = both[~both.isnan()]
-    if not len(both):
-        raise ConfigError("a win rate needs at least one pair with a verdict in both orders, but got none.")
-    wins = float((both > 0.5).sum() + 0.5 * (both == 0.5).sum())
-    low, high = wilson(math.floor(wins), len(both)), wilson(math.ceil(wins), len(both))
-    return Interval(wins / len(both), low.lo, high.hi)
-
-
 def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of the pairs that are both valid, ties at their mean rank; NaN where one is constant."""
     valid = ~(a.isnan() | b.isnan())
@@ -237,6 +255,11 @@ def spearman_within(a: Tensor, b: Tensor, prompts: Tensor) -> Gain:
 def _rows(prompts: Tensor) -> Tensor:
     """The place of every image's prompt among the different prompts in order, (N,)."""
     return torch.unique(prompts, return_inverse=True)[1]  # type: ignore[no-any-return]
+
+
+def _number(row: Mapping[str, Any], name: str) -> float:
+    value = row.get(name)
+    return math.nan if value is None else float(value)
 
 
 def _moves(now: Tensor, base: Tensor, prompts: Tensor) -> Tensor:

@@ -13,15 +13,17 @@ from diffalign import media, noise, shaping
 from diffalign.cases import Case, batched
 from diffalign.errors import ConfigError, SeamError
 from diffalign.noise import Kernel, Transition
-from diffalign.train import credit
-from diffalign.train.advantage import Advantages, advantages
+from diffalign.train import credit, rehearsal
+from diffalign.train.advantage import Advantages, Hardness, advantages
 from diffalign.train.job import Job
 from diffalign.train.objective import Collected
+from diffalign.train.preflight import require_advantages
+from diffalign.train.rehearsal import Rehearsal
 from diffalign.train.rollout import Rollout, sample, similarities
 from diffalign.train.schedules import noise_levels
 
-STEP_SETS = ("group_step", "group_all", "batch_step")
-FIGURES = ("loss", "ratio_mean", "clip_low", "clip_high", "kl")  # what every micro-batch tells, as sums of shares
+FIGURES = ("loss", "ratio_mean", "clip_low", "clip_high")  # what every micro-batch tells, as sums of shares; with a
+# penalty also kl. One that teaches nothing is not replayed: it counts as unclipped, with the ratio 1.
 
 
 @dataclass
@@ -67,7 +69,11 @@ class PolicyGradient:
                 "0. Use at least 2; 12 to 24 are usual."
             )
         self.config.credit.require_source(self.dense)
-        self._require_sets(job.config.advantage.step_norm)
+        stepwise = self.dense or bool(self.config.credit.phases)
+        require_advantages(job, stepwise=stepwise, objective=self.name)
+        rows = len(job.group_ids)
+        zeros = torch.zeros(rows, len(job.members))
+        self.compare(job, 0, zeros, torch.zeros(rows, 2) if stepwise else None, Hardness(delta=torch.zeros(rows)))
         driver = job.driver(job.prompts[:1])
         self.noise(job, 0)
         kernel = self.kernel_name(driver.levels.prediction)
@@ -77,17 +83,9 @@ class PolicyGradient:
                 "Use ddim."
             )
 
-    def _require_sets(self, over: str) -> None:
-        """Rewards per step need the sets they are normalised over; without such rewards there are none."""
-        if (self.dense or self.config.credit.phases) and over not in STEP_SETS:
-            raise ConfigError(
-                f"advantage.step_norm is {over}, but there is a reward for every step. Use group_step, which compares "
-                "the images of a prompt at each step, or group_all, which keeps small gains small."
-            )
-        if not (self.dense or self.config.credit.phases) and over != "none":
-            raise ConfigError(
-                f"advantage.step_norm is {over}, but an image has one reward. Leave it out, or set credit.phases."
-            )
+    def rehearse(self, job: Job) -> Rehearsal:
+        """Try a micro-batch of the first step."""
+        return rehearsal.rehearse(job, self)
 
     def prepare(self, job: Job) -> None:
         """Nothing is measured beforehand."""
@@ -121,14 +119,20 @@ class PolicyGradient:
         members = job.gather(rewards)
         invalid = job.require_valid(members, step)
         steps = None if gains is None else job.gather(gains)
-        found = advantages(members, job.weights, self.groups(job), job.config.advantage, steps=steps)
+        hardness = None
+        if job.config.advantage.hardness != "off":
+            hardness = Hardness(delta=job.gather(torch.cat([job.misses(each.media, each.cases) for each in rollouts])))
+        found = self.compare(job, step, members, steps, hardness)
         self.deal(job, rollouts, found)
-        total = (members * job.weights).sum(1)
-        told = {"reward": float(total.nanmean()), "invalid": invalid, **found.stats}
+        told = {"reward": float(job.total(members).nanmean()), "invalid": invalid, **found.stats}
         return Collected(rollouts, told)
 
-    def groups(self, job: Job) -> Tensor:
-        return job.group_ids
+    def compare(
+        self, job: Job, step: int, members: Tensor, steps: Tensor | None, hardness: Hardness | None
+    ) -> Advantages:
+        """Advantages of a step's rewards (N, K) of all processes, with step rewards (N, S) where there are any."""
+        told, tasks = job.config.advantage, job.task_ids(step)
+        return advantages(members, job.weights, job.group_ids, told, tid=tasks, steps=steps, hardness=hardness)
 
     def sampled(self, job: Job, step: int, cases: Sequence[Case]) -> tuple[list[Rollout], Tensor]:
         """Walks in micro-batches and the rewards (n, K) of their images."""
@@ -173,16 +177,15 @@ class PolicyGradient:
         levels = rollouts[0].driver.levels
         ends = credit.phase_ends((levels.sigma / (levels.alpha + levels.sigma)).tolist(), cuts)
         guesses = self.worth(job, rollouts, [0, *ends[:-1]], _guess)
-        final = (rewards * job.weights).sum(1, keepdim=True)
+        final = job.total(rewards)[:, None]
         gains = credit.phase_gains(torch.cat([guesses, final], 1), ends, steps)
         return self.through_steps(gains, final)[:, rollouts[0].trained.start : rollouts[0].trained.stop]
 
     def through_steps(self, gains: Tensor, final: Tensor) -> Tensor:
-        """Step gains (n, T) as the config credits them."""
-        chosen = credit.returns(gains, self.config.credit.gamma)
+        """Step gains (n, T) as the config credits them: joined with the outcome first, then summed to returns."""
         if self.config.credit.process == "renorm":
-            chosen = shaping.renorm(chosen, final[:, 0], self.config.credit.mu)
-        return chosen
+            gains = shaping.renorm(gains, final[:, 0], self.config.credit.mu)
+        return credit.returns(gains, self.config.credit.gamma)
 
     def worth(
         self, job: Job, rollouts: Sequence[Rollout], places: Sequence[int], show: Callable[[Rollout, int], Tensor]
@@ -196,11 +199,12 @@ class PolicyGradient:
                 else:
                     columns.append([ask(show(rollout, i), rollout.cases) for rollout in rollouts])
             scores = [torch.cat([answer.result() for answer in answers]) for answers in columns]
-        return torch.stack([(score * job.weights).sum(1) for score in scores], 1)
+        return torch.stack([job.total(score) for score in scores], 1)
 
     def deal(self, job: Job, rollouts: Sequence[Rollout], found: Advantages) -> None:
         """Give every rollout its rows of the advantages, one for each trained step."""
         first = job.rank * sum(len(rollout.cases) for rollout in rollouts)
+        kept = int(found.kept.sum()) if job.config.advantage.filter is not None else len(found.kept)
         for rollout in rollouts:
             rows, steps = slice(first, first + len(rollout.cases)), len(rollout.trained)
             values = found.values[rows]
@@ -210,6 +214,7 @@ class PolicyGradient:
                 weights = credit.coca(similarities(rollout), told.window, told.alpha)
                 values = values * weights[:, rollout.trained.start : rollout.trained.stop].cpu()
             rollout.advantages = values.contiguous()
+            rollout.weight = len(found.kept) / max(kept, 1)
             rollout.walk.predictions = []
             first += len(rollout.cases)
 
@@ -217,17 +222,20 @@ class PolicyGradient:
 
     def learn(self, job: Job, micro: Rollout, share: float) -> dict[str, Tensor]:
         """Replay a micro-batch with gradients; each step's backward runs at once."""
-        sums, steps = dict.fromkeys(FIGURES, torch.zeros(())), len(micro.trained)
+        named = (*FIGURES, "kl") if self.config.beta else FIGURES
+        sums, steps = dict.fromkeys(named, torch.zeros(())), len(micro.trained)
         if not self.teaches(micro) and not job.sharded:
             return sums | {"ratio_mean": torch.tensor(share)}
         base, h = self.reference(job, micro), self.sizes(micro)
-        weights = credit.STEP_WEIGHTS[self.config.credit.weighting](self.deviations(micro), h)
+        weights = self.step_weights(self.deviations(micro), h)
 
         def on_step(i: int, prediction: Tensor, transition: Transition, log_prob: Tensor) -> None:
             k = i - micro.trained.start
             seen = Seen(micro, k, float(h[k]), log_prob, transition, prediction, base.get(i))
             policy, penalty, told = self.loss(seen)
-            loss = (policy * float(weights[k]) + penalty).mean()
+            # a filter's weight is not the advantages', which the clip range is made for, and not the penalty's, which
+            # holds every image near the base model
+            loss = (policy * (float(weights[k]) * micro.weight) + penalty).mean()
             for name, value in {**told, "loss": loss}.items():
                 sums[name] = sums[name] + value.detach().float().mean().cpu() * (share / steps)
             job.backward(loss * (share / steps))
@@ -244,6 +252,10 @@ class PolicyGradient:
         """The standard deviation of each trained step (S,)."""
         levels, x = micro.driver.levels, micro.walk.latents[0][:1]
         return torch.tensor([micro.kernel(levels, x, x, i).std for i in micro.trained])
+
+    def step_weights(self, nu: Tensor, h: Tensor) -> Tensor:
+        """Loss weights (S,) of trained steps with deviations nu (S,) and sizes h (S,)."""
+        return credit.STEP_WEIGHTS[self.config.credit.weighting](nu, h)
 
     def replayed(self, job: Job, micro: Rollout) -> tuple[Tensor, Tensor]:
         """Log-densities of the trained steps under the weights that sampled, and under the present ones."""

@@ -5,28 +5,27 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from diffalign.errors import ConfigError, ModelError
+from diffalign.train.advantage_config import AdvantageConfig
 from diffalign.train.ema import whole
 from diffalign.train.job import Job
-from diffalign.train.objective import Objective
-from diffalign.train.policy import PolicyGradient
+from diffalign.train.objective import Objective, Rehearses
 from diffalign.train.precision import DTYPES
+from diffalign.train.rehearsal import Rehearsal
 
-LEAST_NOISE = 1e-4  # of a step, beside latents of about 1: what float32 still tells from rounding
-TRIES = 4  # micro-batches in which a reward may show a difference
+STEP_SETS = ("group_step", "group_all", "batch_step")
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a try of one micro-batch told."""
+    """What a try of the first step told."""
 
-    ratio_off: float  # largest |ratio - 1| before any update
+    ratio_off: float | None  # largest |ratio - 1| before any update, where the objective has a ratio
     reached: float  # share of the trained layers that a gradient reaches
-    spread: float  # standard deviation of the reward
+    spread: float | None  # standard deviation of the reward, where the objective tried one
     seconds_per_step: float
     nfe_per_step: int
     gigabytes: float  # most memory of a step: of the device, or of this process on a CPU
@@ -44,7 +43,7 @@ class Preflight:
             f"{self.reached:.0%} of the layers",
             f"a step: {per} images; {micro} micro-batches of {min(config.micro_batch, share)} in each of "
             f"{job.processes} process(es); {min(config.updates, micro)} update(s)",
-            f"ratio before the first update: 1 +- {self.ratio_off:.1e}; spread of the reward: {self.spread:.3g}",
+            *self._measured(),
             f"about {self.seconds_per_step:.1f} s and {self.nfe_per_step:,} model rows a step, "
             f"{hours:.1f} h for {config.steps} steps without evaluations; about {self.gigabytes:.1f} GB",
         ]
@@ -53,6 +52,12 @@ class Preflight:
                 f"minutes={config.minutes:g} will end it after about {config.minutes * 60 / self.seconds_per_step:.0f}"
             )
         return found
+
+    def _measured(self) -> list[str]:
+        """The line of what only some objectives have."""
+        told = [] if self.ratio_off is None else [f"ratio before the first update: 1 +- {self.ratio_off:.1e}"]
+        told += [] if self.spread is None else [f"spread of the reward: {self.spread:.3g}"]
+        return ["; ".join(told)] if told else []
 
 
 def check(job: Job, objective: Objective) -> None:
@@ -102,70 +107,62 @@ def _require_one_precision(job: Job) -> None:
             )
 
 
+def require_advantages(job: Job, *, stepwise: bool, objective: str) -> None:
+    """Refuse advantages that need what this job does not have; `stepwise` says whether there is a reward per step."""
+    told = job.config.advantage
+    if stepwise and told.step_norm not in STEP_SETS:
+        raise ConfigError(
+            f"advantage.step_norm is {told.step_norm}, but there is a reward for every step. Use group_step, which "
+            "compares the images of a prompt at each step, or group_all, which keeps small gains small."
+        )
+    if not stepwise and told.step_norm != "none":
+        raise ConfigError(
+            f"advantage.step_norm is {told.step_norm}, but an image has one reward. Leave it out, or set credit.phases."
+        )
+    if told.renorm or told.mu != 1 or told.credit == "return":
+        raise ConfigError(
+            "advantage has renorm, mu or credit, but in a training job the objective credits its steps, before it "
+            f"keeps those that train. Set objective.{objective}.credit: process: renorm, mu or gamma: 1 instead."
+        )
+    if told.hardness in ("responsiveness", "both"):
+        raise ConfigError(
+            f"advantage.hardness is {told.hardness}, which compares with the reward of a demonstration, and a training "
+            "job has none. Use data, or off."
+        )
+    if told.hardness == "data" and job.tower is None:
+        raise ConfigError(
+            "advantage.hardness is data, which measures how far an image is from its prompt, but there is no CLIP to "
+            "measure it with. Set evaluate.tower, or hardness to off."
+        )
+    named = any(told.task_by in case.metadata for case in job.prompts)
+    if told.task_by != AdvantageConfig.task_by and not named:
+        raise ConfigError(
+            f"advantage.task_by is '{told.task_by}', but no prompt has it in its metadata. Give a .jsonl file whose "
+            "prompts do, or leave it out."
+        )
+
+
 def fly(job: Job, objective: Objective) -> Preflight:
-    """Try a micro-batch of the first step: ratio, gradient, reward, time and memory.
+    """Try the first step: what the objective rehearses, then gradient and memory.
 
     It leaves no trace in the run: neither in weights nor in what the run has cost.
     """
-    if not isinstance(objective, PolicyGradient):
-        raise TypeError(type(objective).__name__)
     spent = vars(job.budget).copy()
-    _require_noise(job, objective)
-    before = job.budget.nfe
-    start = time.perf_counter()
-    cases = job.cases_of(0)[: job.config.micro_batch]
-    rollouts, rewards = objective.sampled(job, 0, cases)
-    off = _ratio_off(job, objective, rollouts[0])
-    objective.pretend(rollouts[0])
-    objective.learn(job, rollouts[0], 1.0)
-    seconds = time.perf_counter() - start
-    rows = job.budget.nfe - before
+    found = objective.rehearse(job) if isinstance(objective, Rehearses) else _tried(job, objective)
     reached = _reached(job)
-    spread = _spread(job, objective, rewards)
     vars(job.budget).update(spent)
-    many = job.config.images / job.processes / len(cases)
-    return Preflight(
-        off,
-        reached,
-        spread,
-        seconds * many,
-        int(rows * many) * job.processes,
-        _memory(job.trained.count),
-        job.trained.count,
-    )
+    count = job.trained.count
+    return Preflight(found.ratio_off, reached, found.spread, found.seconds, found.rows, _memory(count), count)
 
 
-def _require_noise(job: Job, objective: PolicyGradient) -> None:
-    """Refuse a sampler that is deterministic but for rounding in a step that is to be trained."""
-    kernel, trained = objective.noise(job, 0)
-    driver = job.driver(job.prompts[:1])
-    x = driver.start()
-    for i in trained:
-        if not (std := float(kernel(driver.levels, x, x, i).std)) > LEAST_NOISE:
-            raise ConfigError(
-                f"step {i} of the sampler has noise of deviation {std:.1e}, which is next to none: its log-density is "
-                "rounding, and images hardly differ. Raise noise.level, or leave the step out with noise.low or "
-                "noise.high."
-            )
-
-
-def _ratio_off(job: Job, objective: Any, micro: Any) -> float:
-    """How far the ratio is from 1 where nothing was learnt yet."""
-    before, again = objective.replayed(job, micro)
-    if before.dtype not in (torch.float32, torch.float64):
-        raise ConfigError(
-            f"log-probabilities are {before.dtype}, whose rounding is larger than a clip range. Compute them in "
-            "float32: kernels must return a float32 mean."
-        )
-    off = float((again - before).abs().max())
-    low, _ = objective.config.ranges(micro.elements)
-    if not off <= low / 10:
-        raise ModelError(
-            f"the ratio before any update is off by {off:.1e}, too much for a clip range of {low:.1e}: replay and "
-            "sampling do not run the same computation. Turn off what is random or differs between them (dropout, "
-            "compile, another attention backend), or load the model in float32."
-        )
-    return off
+def _tried(job: Job, objective: Objective) -> Rehearsal:
+    """A whole first step of an objective that rehearses nothing itself, without its update."""
+    state, before, start = objective.state(), job.budget.nfe, time.perf_counter()
+    micros = objective.collect(job, 0).micros
+    for micro in micros:
+        objective.learn(job, micro, len(micro) / sum(map(len, micros)))
+    objective.restore(state)
+    return Rehearsal(time.perf_counter() - start, (job.budget.nfe - before) * job.processes)
 
 
 def _reached(job: Job) -> float:
@@ -186,27 +183,6 @@ def _reached(job: Job) -> float:
 def _layer(name: str) -> str:
     """Where a tensor belongs; of a LoRA only one of two factors has a gradient at first, as the other is 0."""
     return name.split(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
-
-
-def _spread(job: Job, objective: PolicyGradient, rewards: torch.Tensor) -> float:
-    """The reward's standard deviation over the tried images; a reward that is the same for all is refused."""
-    rewards = job.gather(rewards)
-    for k in range(1, TRIES + 1):
-        total = (rewards * job.weights).sum(1)
-        known = total[~total.isnan()]
-        if len(known) > 1 and float(known.max() - known.min()) > 0:
-            return float(known.std())
-        if k < TRIES:
-            more = job.cases_of(k)[: job.config.micro_batch]
-            rewards = torch.cat([rewards, job.gather(objective.sampled(job, k, more)[1])])
-    names = ", ".join(reward.name for reward, _ in job.members)
-    if not len(known):
-        raise ConfigError(f"reward {names} could not judge any of {len(rewards)} images. See the warnings above.")
-    raise ConfigError(
-        f"reward {names} is {float(known[0]):g} for all of {len(known)} images, so every advantage would be 0. Use a "
-        "reward with partial credit (shapes_soft instead of shapes), prompts that are neither hopeless nor solved, or "
-        "more noise."
-    )
 
 
 def _memory(trained: int) -> float:

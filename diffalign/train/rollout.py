@@ -27,6 +27,7 @@ class Rollout:
     media: Tensor  # (B, [F,] 3, H, W) in [0, 1]
     means: dict[int, Tensor] = field(default_factory=dict)  # of the trained steps, where the objective asks for them
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, S) of the trained steps
+    weight: float = 1.0  # of its policy loss: images over kept images, where a filter takes groups out
 
     def __len__(self) -> int:
         return len(self.walk.cases)

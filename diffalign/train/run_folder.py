@@ -23,6 +23,7 @@ from diffalign.errors import ConfigError, OutputError
 from diffalign.train import checkpoint
 
 CONFIG, METRICS, TIMING, CHECKPOINTS, LOCK = "config.yaml", "metrics.jsonl", "timing.jsonl", "checkpoints", ".lock"
+BASE = "samples/base.safetensors"  # the base model's pictures
 FREE = (  # what may change on resume: it has no part in what a step computes
     *("steps", "minutes", "out", "resume", "force", "preflight"),
     *("tracker", "trackers", "progress", "checkpoint", "checkpoint_every", "keep"),
@@ -242,7 +243,7 @@ def _prepare(start: Start, home: Path, config: Any) -> None:
     for part in start.folder.rglob(".*.part"):
         part.unlink() if part.is_file() else shutil.rmtree(part, ignore_errors=True)
     if home != start.folder:
-        for name in (METRICS, TIMING):
+        for name in (METRICS, TIMING, BASE):
             if (home / name).exists():
                 atomic.write_bytes(start.folder / name, (home / name).read_bytes())
     Metrics(start.folder).truncate(start.step if start.checkpoint else -1)

@@ -2,7 +2,8 @@
 
 Papers: EAD, "Let it Calm: Exploratory Annealed Decoding for Verifiable RL", 2025 (arXiv 2510.05251): `anneal`;
 Flow-GRPO-Fast (arXiv 2505.05470 and its published code): rule `uniform`; MixGRPO, 2025 (arXiv 2507.21802): rule
-`progressive`; TreeGRPO (ICLR 2026): rule `geometric`.
+`progressive`; "TreeGRPO: Tree-Advantage GRPO for Online RL Post-Training of Diffusion Models", Ding and Ye, 2025 (arXiv
+2512.08153): rule `geometric`.
 
 Where we differ: EAD's temperature of a token becomes the noise level of a step, one function serves the rollout and the
 loss, and its untempered first tokens and its cap on d are left out. A window's place is a function of seed and training
@@ -13,7 +14,7 @@ deterministic step unless `train_last` is set; TreeGRPO's starts do so in the pa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from diffalign.cases import derived_seed
@@ -82,6 +83,11 @@ class NoiseConfig:
                 f"(from {self.low} to before {high}). Sample with more steps, or widen the range."
             )
         return self.low, high
+
+
+def everywhere(config: NoiseConfig) -> NoiseConfig:
+    """The same noise at all steps that any window of this one may ever hold."""
+    return replace(config, window=0, rule="fixed")
 
 
 def constant(T: int, a: float) -> list[float]:

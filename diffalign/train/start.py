@@ -14,7 +14,6 @@ import torch
 
 from diffalign import atomic, config, scoring
 from diffalign.cases import Case
-from diffalign.clip_tower import EMBEDDED, ClipTower
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError
 from diffalign.judges.secrets import without_secrets
@@ -26,6 +25,7 @@ from diffalign.train import (
     checkpoint,
     data,
     evaluate,
+    heldout,
     preflight,
     processes,
     run_folder,
@@ -138,6 +138,9 @@ def _job(
         names = adapters.ran(Driver(pipe, [prompts[0]], **training))
     trained = adapters.attach(pipe, settings.adapter, adapters.find_denoisers(pipe, settings.adapter.modules, names))
     panel = [(reward.name, reward) for reward, _ in (parse_spec(settings.panel) if settings.panel else [])]
+    raised = [leaf for reward, _ in members for leaf in scoring.leaves(reward)]
+    heldout.check(panel, raised)
+    tell: Callable[[str], None] = say if accelerator.is_main_process else lambda text: None
     return Job(
         config=settings,
         pipe=pipe,
@@ -153,18 +156,9 @@ def _job(
         seed=seed,
         truth=scoring.make_reward(settings.truth) if settings.truth else None,
         panel=panel,
-        tower=_tower(settings.evaluate.tower, model),
-        say=say if accelerator.is_main_process else lambda text: None,
+        tower=heldout.tower(settings.evaluate.tower, model, raised, tell),
+        say=tell,
     )
-
-
-def _tower(asked: str | None, model: str) -> ClipTower | None:
-    """The CLIP that variety is measured in; None measures pixels."""
-    from diffalign import zoo
-
-    if asked == "auto":
-        return ClipTower(EMBEDDED) if model in zoo.names() else None
-    return None if asked is None else ClipTower(asked)
 
 
 def _cases(file: str | None, split: Any, limit: int | None = None) -> list[Case]:

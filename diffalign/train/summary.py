@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffalign.train.overoptimisation import of_run
+
 FIGURES = {"proxy": "proxy", "truth": "truth", "heldout": "heldout", "diversity": "variety"}  # by name in metrics.jsonl
 
 
 def summary(
     rows: Sequence[Mapping[str, Any]], cost: Mapping[str, float], alarms: Sequence[Any], **more: Any
 ) -> dict[str, Any]:
-    """The content of summary.json from the rows of metrics.jsonl; `chosen` names the step whose weights were saved."""
+    """The content of summary.json from the rows of metrics.jsonl; `chosen` names the step whose weights were saved.
+
+    `after` has the figures of `after_step`: the chosen step, or where that was not evaluated, the last one that was.
+    """
     judged = [row for row in rows if row.get("proxy") is not None]
     chosen = more.get("chosen")
     last = next((row for row in judged if row["step"] == chosen), judged[-1] if judged else {})
     return {
         "before": _figures(judged[0]) if judged else {},
         "after": _figures(last),
+        "after_step": last.get("step"),
+        "watch": of_run(judged),
         "steps": rows[-1]["step"] if rows else 0,
         "seconds": cost["seconds"],
         "model_calls": cost["nfe"],
@@ -42,6 +49,9 @@ def said(found: Mapping[str, Any]) -> str:
         if after is not None:
             parts.append(f"{name} {_interval(before)} -> {_interval(after)}")
     cost = f"{found['steps']} steps, {found['seconds'] / 60:.1f} minutes, {found['model_calls']:,} model rows"
+    at, saved = found["after_step"], found.get("chosen")
+    if at is not None and saved is not None and at != saved:
+        cost = f"these are the figures of step {at}, the weights saved are those of step {saved}; {cost}"
     return f"{'; '.join(parts)}; {cost}; {len(found['alarms'])} alarm(s)"
 
 

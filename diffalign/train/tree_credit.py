@@ -1,12 +1,16 @@
 """Advantages on trees of rollouts: every edge is a transition, and is credited with the node it leads to.
 
-Papers: V-STAR, "Spend Search Where It Pays", 2026 (arXiv 2602.10699): `sibling_advantages`; BranchGRPO, 2025 (arXiv
-2509.06040): `depth_advantages`, `fused_rewards` and the pruning rules; TreeGRPO (ICLR 2026): `fused_advantages`;
-TempFlow-GRPO, 2025 (arXiv 2508.04324): siblings of one branch with `scale=False`.
+Papers: V-STAR, "Spend Search Where It Pays: Value-Guided Structured Sampling and Optimization for Generative
+Recommendation", Jiang et al., 2026 (arXiv 2602.10699): `sibling_advantages`; BranchGRPO, 2025 (arXiv 2509.06040):
+`depth_advantages` and the pruning of children; "TreeGRPO: Tree-Advantage GRPO for Online RL Post-Training of Diffusion
+Models", Ding and Ye, 2025 (arXiv 2512.08153): `fused_advantages`; "TempFlow-GRPO: When Timing Matters for GRPO in Flow
+Models", He et al., 2025 (arXiv 2508.04324): siblings of one branch with `scale=False`.
 
-Where we differ: V-STAR's global advantage of a node is the mean over its leaves of their group-relative advantage.
-Softmax fusion takes log-densities averaged over elements; summed ones would make it one-hot. BranchGRPO keeps shares
-after the last split only; ours rank the children of every parent, and what hangs below a dropped node is dropped too.
+Where we differ: V-STAR's global advantage of a node is the mean over its leaves of their group-relative advantage, and
+no two of its children are merged: every child draws noise of its own, so none is another's duplicate. Softmax fusion
+takes log-densities averaged over elements; summed ones would make it one-hot. BranchGRPO keeps shares after the last
+split only; ours rank the children of every parent, and what hangs below a dropped node is dropped too. Its pruning of
+whole depths and its softmax over rewards are left out.
 
 A forest is given as parent (M,) int64, -1 for roots, and depth (M,), 0 for roots; a tree is all that one root reaches.
 Values of edges sit at their child. Rewards (M,) are read at leaves; NaN marks a leaf without one, which counts nowhere:
@@ -14,8 +18,6 @@ a node that no valid leaf reaches is NaN, and its advantage is 0.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,28 +42,14 @@ def tree_of(parent: Tensor) -> Tensor:
     return above
 
 
-def states(parent: Tensor, depth: Tensor, noise: Tensor) -> Tensor:
-    """The state (M,) of each node as the first node in it: children of one state by one `noise` number share theirs."""
-    state = torch.arange(len(parent), device=parent.device)
-    for level in range(1, _deepest(depth) + 1):
-        nodes = (depth == level).nonzero().flatten()
-        keys = torch.stack([state[parent[nodes]], noise[nodes]], 1)
-        group = torch.unique(keys, dim=0, return_inverse=True)[1]
-        first = torch.full((len(nodes),), len(parent), device=parent.device).scatter_reduce(0, group, nodes, "amin")
-        state[nodes] = first[group]
-    return state
-
-
-def node_rewards(parent: Tensor, depth: Tensor, rewards: Tensor, state: Tensor | None = None) -> Tensor:
-    """The mean reward (M,) of the valid leaves below each node, or below each `state` (M,) where nodes share one."""
+def node_rewards(parent: Tensor, depth: Tensor, rewards: Tensor) -> Tensor:
+    """The mean reward (M,) of the valid leaves below each node."""
     ends = leaves(parent) & ~rewards.isnan()
     total, count = torch.where(ends, rewards, 0).double(), ends.double()
     for level in range(_deepest(depth), 0, -1):
         nodes = depth == level
         total = total.index_add(0, parent[nodes], total[nodes])
         count = count.index_add(0, parent[nodes], count[nodes])
-    if state is not None:
-        total, count = (torch.zeros_like(x).index_add(0, state, x)[state] for x in (total, count))
     return torch.where(count > 0, total / count.clamp(min=1), torch.nan).to(rewards)
 
 
@@ -82,12 +70,6 @@ def effective_children(parent: Tensor, weights: Tensor) -> Tensor:
     return torch.where(squares > 0, 1 / squares, 0)
 
 
-def fused_rewards(parent: Tensor, depth: Tensor, rewards: Tensor, log_prob: Tensor) -> Tensor:
-    """Node rewards (M,) from the leaves up: children's, weighted by the softmax of their edges' log-densities (M,)."""
-    value = torch.where(leaves(parent), rewards, torch.nan)
-    return _fused(parent, depth, value, log_prob)
-
-
 def fused_advantages(parent: Tensor, depth: Tensor, leaf: Tensor, log_prob: Tensor) -> Tensor:
     """TreeGRPO's advantages (M,): at leaves those given (M,), above them fused by the old policy's log-densities."""
     return _credited(parent, _fused(parent, depth, torch.where(leaves(parent), leaf, torch.nan), log_prob))
@@ -100,9 +82,11 @@ def leaf_advantages(parent: Tensor, rewards: Tensor, gid: Tensor | None = None, 
     return adv_grpo(torch.where(leaves(parent), rewards, torch.nan), family, eps=eps)
 
 
-def global_advantages(parent: Tensor, depth: Tensor, rewards: Tensor, gid: Tensor | None = None) -> Tensor:
+def global_advantages(
+    parent: Tensor, depth: Tensor, rewards: Tensor, gid: Tensor | None = None, *, eps: float = 1e-4
+) -> Tensor:
     """The mean (M,) of the leaves' group-relative advantages below each node: plain GRPO, carried up the tree."""
-    scored = torch.where(leaves(parent) & ~rewards.isnan(), leaf_advantages(parent, rewards, gid), torch.nan)
+    scored = torch.where(rewards.isnan(), torch.nan, leaf_advantages(parent, rewards, gid, eps=eps))
     return _credited(parent, node_rewards(parent, depth, scored))
 
 
@@ -110,7 +94,6 @@ def sibling_advantages(
     parent: Tensor,
     value: Tensor,
     *,
-    state: Tensor | None = None,
     overall: Tensor | None = None,
     alpha: float = 1.0,
     scale: bool = True,
@@ -118,16 +101,14 @@ def sibling_advantages(
 ) -> Tensor:
     """V-STAR's advantages (M,): node values (M,) against their siblings', an only child has 0.
 
-    Nodes that share a `state` count once; `alpha` below 1 blends with the `overall` advantages (M,); without `scale`
-    the gap to the siblings' mean is left in reward units.
+    `alpha` below 1 blends with the `overall` advantages (M,); without `scale` the gap to the siblings' mean is left in
+    reward units.
     """
     if not 0 <= alpha <= 1 or (alpha < 1 and overall is None):
         raise ConfigError(f"alpha is {alpha}, but a share lies in [0, 1], and below 1 it needs overall advantages.")
-    nodes = torch.arange(len(parent), device=parent.device)
-    state = nodes if state is None else state
-    family = torch.where(parent < 0, nodes, state[parent.clamp(min=0)] + len(parent))  # a root is its own family
-    counted = torch.where((state == nodes) & (parent >= 0), value, torch.nan)
-    own = (adv_grpo(counted, family, eps=eps) if scale else adv_dr(counted, family))[state]
+    family = torch.where(parent < 0, torch.arange(len(parent), device=parent.device), parent + len(parent))
+    counted = torch.where(parent >= 0, value, torch.nan)  # a root is its own family, and has no advantage
+    own = adv_grpo(counted, family, eps=eps) if scale else adv_dr(counted, family)
     own = _credited(parent, torch.where(value.isnan(), torch.nan, own))
     return own if overall is None else alpha * own + (1 - alpha) * overall
 
@@ -157,21 +138,6 @@ def keep_extremes(parent: Tensor, depth: Tensor, value: Tensor) -> Tensor:
     rank, count = _ranks(parent, value)
     kept = (rank == 0) | (rank == count - 1)
     return _closed(parent, depth, kept & ~value.isnan())
-
-
-def keep_depths(depth: Tensor, dropped: Sequence[int], step: int, *, every: int = 1, stop: int = 1) -> Tensor:
-    """Edges (M,) to train: all but those at the `dropped` depths, which move up by one each `every` training steps.
-
-    They halt where the uppermost is at depth `stop`.
-    """
-    if not dropped or min(dropped) < stop or every < 1:
-        raise ConfigError(
-            f"dropped depths {list(dropped)} slide up to depth {stop} every {every} steps: give depths from {stop} on "
-            "and at least 1 step."
-        )
-    shift = min(step // every, min(dropped) - stop)
-    moved = torch.tensor([each - shift for each in dropped], device=depth.device)
-    return (depth > 0) & ~torch.isin(depth, moved)
 
 
 def _deepest(depth: Tensor) -> int:

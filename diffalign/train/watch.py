@@ -35,7 +35,7 @@ MOST = 1e6  # severity as told, so that it stays a number
 class WatchConfig:
     """What may raise an alarm, when, and what follows; deviations are of the base model."""
 
-    action: Literal["alarm", "stop", "rollback"] = "alarm"  # a second rollback is a stop
+    action: Literal["alarm", "stop", "rollback"] = "alarm"  # a rollback ends the run with the best weights
     read: tuple[str, ...] = READINGS  # rules that may raise an alarm; all of their metrics are logged either way
     read_truth: bool = False  # let the truth choose the best step; a run judged by it then needs another truth
     patience: int = 2  # evaluations in a row; more is slower and has fewer false alarms
@@ -123,7 +123,7 @@ class Watch:
         self.config = config
         self._base: Look | None = None
         self._rows: list[dict[str, Any]] = []
-        self._rollbacks = 0
+        self._best: int | None = None
 
     def observe(self, seen: Evaluation) -> Verdict:
         """Judge an evaluation; an earlier step than the last one forgets all from that step on, as after a rollback."""
@@ -139,31 +139,42 @@ class Watch:
         row["holding"] = [f.name for f in found if self._holds(f.name)]
         raised = [f for f in found if f.name in row["holding"] and f.name not in before]
         raised.sort(key=lambda f: -f.severity)
-        best = self._best_step()
+        self._best = best = self._best_step()
         metrics |= {"alarms": float(len(row["holding"]))}
         return Verdict(
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             alarms=tuple(self._alarm(f, seen.step, best, metrics) for f in raised),
-            action=self._action(bool(raised)),
+            action=self.config.action if raised else "continue",
             best_step=best,
         )
 
     @property
     def best_step(self) -> int:
         """The step to go back to."""
-        return self._best_step() if self._rows else 0
+        return self._best or 0
+
+    def forget_best(self) -> None:
+        """Choose the best step anew from the next evaluation on, as its checkpoint is not here."""
+        self._best = None
+
+    @property
+    def base(self) -> Look:
+        """The base model's look, to which all later ones are compared."""
+        if self._base is None:
+            raise ConfigError("the watch has seen no evaluation, so it has no base. Let it observe the base model.")
+        return self._base
 
     def state_dict(self) -> dict[str, Any]:
         """All of its memory as JSON holds it."""
         base = None if self._base is None else self._base.json()
         rows = [{**row, "severity": {**row["severity"]}, "holding": [*row["holding"]]} for row in self._rows]
-        return {"base": base, "rows": rows, "rollbacks": self._rollbacks}
+        return {"base": base, "rows": rows, "best": self._best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._base = None if state["base"] is None else Look.of_json(state["base"])
         rows = state["rows"]
         self._rows = [{**row, "severity": {**row["severity"]}, "holding": [*row["holding"]]} for row in rows]
-        self._rollbacks = int(state["rollbacks"])
+        self._best = state.get("best", rows[-1]["step"] if rows else None)
 
     def _findings(self, seen: Evaluation, now: Look, base: Look) -> tuple[dict[str, float], list[Finding]]:
         """Metrics of every rule, and what those rules found that may raise an alarm."""
@@ -187,26 +198,20 @@ class Watch:
         return stopping.holds(severities, self.config.patience, self.config.at_once)
 
     def _best_step(self) -> int:
-        """Of the evaluations on which no rule holds, the highest proxy whose held-out rewards are not below the best.
+        """The best so far or this evaluation, whichever has the higher proxy; a rule that holds excludes it.
 
-        A chance maximum of held-out rewards would else be preferred to all that was learned since.
+        So do held-out rewards below their highest; a chance maximum of them would else be preferred to all that was
+        learned since. Evaluations between the two are no choice, as their checkpoints may be gone.
         """
-        clean = [row for row in self._rows if not any(get(row["severity"], name) > 1 for name in row["severity"])]
-        clean = clean or self._rows[:1]
-        if self.config.read_truth and any(row.get("truth_gain") is not None for row in clean):
-            return int(max(clean, key=lambda row: (_known(row, "truth_gain"), -row["step"]))["step"])
-        top = max(clean, key=lambda row: _known(row, "heldout_gain"))
+        now = self._rows[-1]
+        best = next((row for row in self._rows if row["step"] == self._best), now)
+        sound = [row for row in (best, now) if _sound(row)] or [best]
+        if self.config.read_truth and any(row.get("truth_gain") is not None for row in sound):
+            return int(max(sound, key=lambda row: (_known(row, "truth_gain"), -row["step"]))["step"])
+        top = max(filter(_sound, self._rows), key=lambda row: _known(row, "heldout_gain"), default=best)
         slack = max(self.config.panel_drop, self.config.panel_errors * max(get(top, findings.SE), 0.0))
-        near = [row for row in clean if not get(row, "heldout_gain") < get(top, "heldout_gain") - slack]
+        near = [row for row in sound if not get(row, "heldout_gain") < get(top, "heldout_gain") - slack] or [best]
         return int(max(near, key=lambda row: (_known(row, "proxy_gain"), -row["step"]))["step"])
-
-    def _action(self, raised: bool) -> Action:
-        if not raised:
-            return "continue"
-        if self.config.action != "rollback":
-            return self.config.action
-        self._rollbacks += 1
-        return "rollback" if self._rollbacks == 1 else "stop"
 
     @staticmethod
     def _alarm(found: Finding, step: int, best: int, metrics: Mapping[str, float]) -> Alarm:
@@ -215,6 +220,11 @@ class Watch:
         since = f" while {' and '.join(gains)}" if gains else ""
         says = f"{found.seen[:1].upper()}{found.seen[1:]}{since}; {found.why}: {found.do.format(best=best)}."
         return Alarm(found.name, step, found.value, found.threshold, says, found.images)
+
+
+def _sound(row: Mapping[str, Any]) -> bool:
+    """Whether no rule holds on an evaluation."""
+    return not any(get(row["severity"], name) > 1 for name in row["severity"])
 
 
 def _told(severity: float) -> float | None:

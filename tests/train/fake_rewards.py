@@ -18,6 +18,11 @@ def brightness(media: Tensor, cases: Sequence[Case]) -> Tensor:
     return media.flatten(1).mean(1)
 
 
+def large(media: Tensor, cases: Sequence[Case]) -> Tensor:
+    """Of another scale than its neighbours."""
+    return 1000 * media[:, 0].flatten(1).mean(1)
+
+
 def constant(media: Tensor, cases: Sequence[Case]) -> Tensor:
     return torch.zeros(len(media))
 

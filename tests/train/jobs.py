@@ -76,6 +76,9 @@ def job(
     prompts: Sequence[str] = PROMPTS,
     folder: Path | None = None,
     pipe: Any = None,
+    members: Sequence[tuple[Any, float]] | None = None,
+    tags: Sequence[str] = (),
+    tower: Any = None,
     **settings: Any,
 ) -> Iterator[tuple[Job, Any]]:
     """A job on the tiny family `name` and its objective, with everything around that `train` puts there."""
@@ -86,7 +89,8 @@ def job(
     part = adapters.find_denoisers(pipe, told.adapter.modules)
     trained = adapters.attach(pipe, told.adapter, part)
     asked = stock(name, **{"num_inference_steps": 3, **dict(call or {})})
-    cases = [Case(prompt=prompt, **shown(name, k)) for k, prompt in enumerate(prompts)]
+    data = [{"tag": tag} for tag in tags] or [{}] * len(prompts)
+    cases = [Case(prompt=prompt, metadata=data[k], **shown(name, k)) for k, prompt in enumerate(prompts)]
     found = Job(
         config=told,
         pipe=pipe,
@@ -95,7 +99,8 @@ def job(
         deployed=asked,
         prompts=cases,
         monitor=cases[:2],
-        members=[(Brightness() if reward is None else reward, 1.0)],
+        members=members or [(Brightness() if reward is None else reward, 1.0)],
+        tower=tower,
         trained=trained,
         accelerator=Accelerator(cpu=True),
         folder=folder or Path("unused"),

@@ -86,6 +86,11 @@ def test_its_rewards_exist_and_none_of_them_is_also_held_out(name: str) -> None:
     assert not set(job.reward) & set(job.panel)
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith("_shapes")])
+def test_its_evaluations_see_variety_within_prompts_and_how_rewards_rank(name: str) -> None:
+    assert told(name).evaluate.per_prompt >= 2
+
+
 @each
 def test_its_batches_come_out_even(name: str) -> None:
     job = told(name)

@@ -49,6 +49,18 @@ def test_tempflow_weights_average_1_and_do_not_see_the_noise_level(nu: list[floa
     torch.testing.assert_close(credit.tempflow_weights(a * torch.tensor(nu)), weights)
 
 
+def test_a_window_of_one_step_keeps_the_weight_that_the_step_has_among_all() -> None:
+    _, nu, h = sd3()
+    whole, reference = credit.tempflow_weights(nu, h), float(nu.mean())
+    for i in range(T):
+        part = slice(i, i + 1)
+        for weigh in (credit.tempflow_weights, credit.STEP_WEIGHTS["tempflow"]):
+            torch.testing.assert_close(weigh(nu[part], h[part], reference), whole[part])
+        assert credit.tempflow_weights(nu[part], h[part]).tolist() == [1]  # a window's own mean knows of no other
+        for name in ("none", "ratio_norm"):
+            assert torch.equal(credit.STEP_WEIGHTS[name](nu, h, reference), credit.STEP_WEIGHTS[name](nu, h))
+
+
 def test_steps_of_equal_noise_have_tempflow_weight_1_and_steps_without_noise_0() -> None:
     nu, h = torch.tensor([0.0, 0.3, 0.3, 0.0]), torch.tensor([0.1, 0.2, 0.5, 0.2])
     assert credit.STEP_WEIGHTS["tempflow"](nu, h).tolist() == [0, 1, 1, 0]
@@ -72,7 +84,7 @@ def test_gradient_scales_are_h_over_nu_then_h_then_1() -> None:
         landed = moved.sample(eps).detach()
         old = moved.mean.detach()
         log_theta = moved.log_prob(landed, "mean")
-        normed = credit.ratio_norm_log_ratio(log_theta, log_theta.detach(), moved.mean, old, moved.std)
+        normed = credit.noise_log_ratio(landed, moved.mean, old, moved.std)
         drift = 1 + a * a / 2 if i else 1.0  # at s = 1 the slope of the mean in v is h alone
         unit = drift * eps.double() / eps.numel()
         for name, log_ratio in (("none", log_theta), ("tempflow", log_theta), ("ratio_norm", normed)):
@@ -89,32 +101,34 @@ def test_gradient_scales_are_h_over_nu_then_h_then_1() -> None:
         torch.testing.assert_close(spread["ratio_norm"][i], -like, rtol=2e-3, atol=1e-4)
 
 
+def by_densities(log: list[Tensor], theta: Tensor, old: Tensor, nu: float, convention: str = "mean") -> Tensor:
+    """GRPO-Guard's formula: nu (l - l_old + mean(delta^2) / (2 nu^2))."""
+    squares = (theta - old).square().flatten(1)
+    return nu * (log[0] - log[1] + (squares.mean(1) if convention == "mean" else squares.sum(1)) / (2 * nu**2))
+
+
 @pytest.mark.parametrize("convention", ["mean", "sum"])
 def test_the_normalised_ratio_is_the_product_of_noise_and_change(convention: str) -> None:
     generator = torch.Generator().manual_seed(1)
-    old, eps = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=torch.float64).float()
+    old, eps = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=torch.float64)
     theta = (old + 1e-2 * torch.randn(old.shape, generator=generator)).requires_grad_()
-    nu = 0.3
+    nu = 0.3  # in float64, where two large log-densities can be subtracted
     landed = old + nu * eps
     log = [torch.distributions.Normal(m, nu).log_prob(landed).flatten(1) for m in (theta, old)]
     reduce = (lambda x: x.mean(1)) if convention == "mean" else (lambda x: x.sum(1))
-    ratio = credit.ratio_norm_log_ratio(reduce(log[0]), reduce(log[1]), theta, old, nu, convention)
+    ratio = by_densities([reduce(each) for each in log], theta, old, nu, convention)
     expected = reduce((eps * (theta - old)).flatten(1))
-    tolerance = 1e-6 * (1 if convention == "mean" else eps[0].numel())
-    torch.testing.assert_close(ratio, expected, atol=tolerance, rtol=1e-4)
-    if convention == "mean":
-        same = shaping.ratio_norm(reduce(log[0]), reduce(log[1]), theta - old, nu)
-        torch.testing.assert_close(ratio.exp(), same, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ratio, expected)
     direct = credit.noise_log_ratio(landed, theta, old, nu, convention)
-    torch.testing.assert_close(direct, expected, atol=tolerance / 100, rtol=1e-4)
+    tolerance = 1e-8 * (1 if convention == "mean" else eps[0].numel())
+    torch.testing.assert_close(direct.double(), expected, atol=tolerance, rtol=1e-4)
     slopes = [torch.autograd.grad(r.sum(), theta, retain_graph=True)[0] for r in (ratio, direct)]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("convention", ["mean", "sum"])
 def test_the_normalised_ratio_is_exactly_1_before_the_first_update(convention: str) -> None:
-    mean, log = torch.randn(3, 4, 8, 8), torch.randn(3)
-    assert credit.ratio_norm_log_ratio(log, log, mean, mean, 0.2, convention).exp().tolist() == [1, 1, 1]
+    mean = torch.randn(3, 4, 8, 8)
     assert credit.noise_log_ratio(mean + 0.1, mean, mean, 0.2, convention).exp().tolist() == [1, 1, 1]
 
 
@@ -126,14 +140,15 @@ def test_the_normalised_ratio_has_no_drift_where_the_plain_one_falls() -> None:
     theta = old + delta
     landed = old + nu * eps.unsqueeze(1)
     log = [-((landed - m) ** 2).mean(1) / (2 * nu**2) for m in (theta, old)]
-    normed = credit.ratio_norm_log_ratio(log[0], log[1], theta, old, nu)
+    normed = credit.noise_log_ratio(landed, theta, old, nu)
+    torch.testing.assert_close(normed.double(), by_densities(log, theta, old, nu), rtol=1e-6, atol=1e-7)
     assert float((share * (log[0] - log[1])).sum()) == pytest.approx(-(delta**2) / (2 * nu**2))
     assert float((share * normed).sum()) == pytest.approx(0, abs=1e-8)
 
 
 def test_a_step_without_noise_has_no_normalised_ratio() -> None:
     with pytest.raises(ConfigError, match=r"nu = 0\.0. Train SDE steps"):
-        credit.ratio_norm_log_ratio(torch.zeros(1), torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 2), 0.0)
+        credit.noise_log_ratio(*torch.zeros(3, 1, 2), 0.0)
 
 
 def test_coca_weights_are_those_of_the_spec() -> None:
@@ -157,7 +172,7 @@ def test_coca_with_alpha_1_is_the_plain_broadcast() -> None:
 
 @pytest.mark.parametrize("sims", [[0.5] * (T + 1), [1 - i / T for i in range(T + 1)], [i / T for i in range(T + 1)]])
 def test_coca_without_gain_or_with_even_gains_is_uniform_credit(sims: list[float]) -> None:
-    torch.testing.assert_close(credit.coca(torch.tensor([sims]))[0], credit.uniform_credit(T))
+    torch.testing.assert_close(credit.coca(torch.tensor([sims]))[0], torch.arange(T, 0, -1) / T)
 
 
 def test_coca_counts_a_step_back_as_no_gain() -> None:

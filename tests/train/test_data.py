@@ -134,3 +134,14 @@ def test_prompts_that_are_evaluated_too_are_found() -> None:
     training = [Case(prompt=p) for p in ("A red cube.", "a  red CUBE", "a blue ball")]
     assert shared_prompts(training, [Case(prompt="a red cube")]) == ["A red cube.", "a  red CUBE"]
     assert shared_prompts(training, [Case(prompt="green")]) == []
+
+
+def test_tasks_are_numbered_in_the_order_of_the_groups_and_unnamed_prompts_share_one() -> None:
+    tags = ["a", None, "b", "a", None]
+    cases = [Case(prompt=str(k), metadata={} if tag is None else {"tag": tag}) for k, tag in enumerate(tags)]
+    sampler = PromptSampler(cases, seed=0)
+    for step in range(3):
+        found = sampler.tasks_of(step, 5, "tag")
+        names = [case.metadata.get("tag") for case in sampler.cases_of(step, 5, 1)]
+        assert found == [list(dict.fromkeys(names)).index(name) for name in names]
+    assert sampler.tasks_of(0, 5, "other") == [0] * 5

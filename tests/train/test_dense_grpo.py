@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffalign import noise
+from diffalign.cases import Case
 from diffalign.errors import ConfigError
 from diffalign.noise import Levels
 from diffalign.train import credit
-from diffalign.train.objectives.dense_grpo import CalibrationConfig, DenseGRPOConfig, calibrated, settled, thinned
+from diffalign.train.objectives.dense_grpo import (
+    CalibrationConfig,
+    DenseGRPOConfig,
+    calibrated,
+    settled,
+    share_of,
+    thinned,
+)
 from tests.train import jobs
 from tests.train.jobs import Brightness
 
@@ -251,7 +260,7 @@ def test_a_calibration_has_settled_when_every_step_stays_within_one_change() -> 
 
 def test_a_calibration_starts_from_the_flow_sde_and_ends_on_the_mean_of_its_last_two() -> None:
     told = {"on": True, "rounds": 20, "settled": 4}
-    with dense(calibrate=told, noise={"window": 2}, steps=5) as (job, chosen):
+    with dense(calibrate=told, noise={"high": 2}, steps=5) as (job, chosen):
         start = [noise.flow_diffusion(job.driver(job.prompts[:1]).levels, i, 0.7) for i in range(2)]
         assert min(start) > chosen.config.calibrate.cap  # which must not throw psi back at once
         seen: list[list[float]] = []
@@ -268,6 +277,66 @@ def test_a_calibration_starts_from_the_flow_sde_and_ends_on_the_mean_of_its_last
         again = type(chosen)(chosen.config)
         again.restore(chosen.state())
         assert again.psi == chosen.psi
+
+
+def test_a_calibration_reaches_every_step_that_a_window_may_ever_hold() -> None:
+    noisy = {"window": 1, "rule": "progressive", "every": 1, "low": 1}
+    with dense(calibrate={"on": True, "rounds": 1, "samples": 2}, noise=noisy, steps=5) as (job, chosen):
+        chosen.prepare(job)
+        assert chosen.psi[0] == chosen.psi[4] == 0
+        assert min(chosen.psi[1:4]) > 0
+        for step, trained in enumerate((1, 2, 3, 1)):
+            rollout = chosen.sampled(job, step, job.cases_of(step))[0][0]
+            assert list(rollout.trained) == [trained]
+            h = float(chosen.sizes(rollout)[0])
+            assert chosen.deviations(rollout).tolist() == pytest.approx([chosen.psi[trained] * math.sqrt(h)])
+
+
+def test_tempflow_weighs_calibrated_steps_alike_wherever_the_window_is() -> None:
+    psi, weights = [0.0, 0.8, 0.5, 0.3, 0.0], []
+    for noisy in ({"low": 1}, {"low": 1, "window": 1, "rule": "progressive", "every": 1}):
+        with dense(credit={"weighting": "tempflow"}, noise=noisy, steps=5) as (job, chosen):
+            chosen.restore({"psi": psi})
+            found = [chosen.sampled(job, step, job.cases_of(step))[0][0] for step in range(3)]
+            weights.append([chosen.step_weights(chosen.deviations(each), chosen.sizes(each)) for each in found])
+    torch.testing.assert_close(torch.cat(weights[1]), weights[0][0])
+    assert float(weights[0][0].mean()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"value": "level"}, {"credit": {"gamma": 1}}, {"credit": {"process": "renorm", "mu": 40.0}}],
+)
+def test_a_calibration_counts_plain_gains_whatever_is_credited(settings: dict[str, Any]) -> None:
+    found = []
+    for told in ({}, settings):
+        with dense(calibrate={"on": True, "samples": 4}, steps=4, **told) as (job, chosen):
+            chosen.restore({"psi": [0.6, 0.5, 0.4, 0.0]})
+            found.append(chosen._round(job, 0))
+    assert found[0].any()
+    assert torch.equal(found[0], found[1])
+
+
+@given(st.integers(1, 30), st.integers(1, 9))
+def test_shares_of_a_calibration_are_of_one_length_and_hold_every_case_once(count: int, processes: int) -> None:
+    cases = [Case(prompt=str(k)) for k in range(count)]
+    shares = [share_of(cases, rank, processes) for rank in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    assert [case for share in shares for case in share][:count] == cases
+
+
+def test_a_calibration_measures_the_same_images_on_any_number_of_processes() -> None:
+    with dense(calibrate={"on": True, "samples": 5}, steps=4) as (job, chosen):
+        chosen.restore({"psi": [0.6, 0.5, 0.4, 0.0]})
+        alone = chosen._round(job, 1)  # whose prompts follow those of the first
+        lent, shares = job.accelerator, []
+        for rank in range(2):
+            told = {"num_processes": 2, "process_index": rank, "device": lent.device, "gather": lambda rows: rows}
+            job.accelerator = SimpleNamespace(**told)
+            shares.append(chosen._round(job, 1))
+        job.accelerator = lent
+        assert [len(share) for share in shares] == [3, 3]
+        torch.testing.assert_close(torch.cat(shares)[:5], alone, rtol=1e-3, atol=1e-3)
 
 
 def test_a_round_of_calibration_measures_gains_of_fresh_walks_of_every_noisy_step() -> None:
@@ -294,6 +363,12 @@ def test_what_cannot_work_is_refused() -> None:
         dense("sd15_ddim", calibrate={"on": True}),
     ):
         pass
+    for kernel in ("cps", "ddim"):
+        with (
+            pytest.raises(ConfigError, match=f"noise.kernel is {kernel}, but psi is the noise of the flow SDE"),
+            dense(calibrate={"on": True}, noise={"kernel": kernel}),
+        ):
+            pass
     with pytest.raises(ConfigError, match="completion is 0"):
         DenseGRPOConfig(completion=0)
     with pytest.raises(ConfigError, match="floor 3"):

@@ -124,6 +124,26 @@ def test_a_resumed_average_equals_the_uninterrupted_one_to_the_bit():
     assert torch.equal(resumed, straight)
 
 
+def test_before_the_first_averaging_the_weights_are_what_is_seen():
+    weight = weights()
+    ema = Ema([("w", weight)], 0.9, every=8)
+    walk(ema, weight, range(7))
+    before = weight.detach().clone()
+    with ema.swapped():
+        assert torch.equal(weight, before)
+    resumed = Ema([("w", weight)], 0.9, every=8)
+    resumed.load_state_dict(ema.state_dict())
+    with resumed.swapped():
+        assert torch.equal(weight, before)
+    assert resumed.update(7)
+    again = Ema([("w", weight)], 0.9, every=8)
+    again.load_state_dict(resumed.state_dict())
+    for each in (resumed, again):
+        with each.swapped():
+            assert torch.equal(weight, resumed.state_dict()["w"])
+            assert not torch.equal(weight, before)
+
+
 def test_averages_of_another_model_are_refused_by_name():
     ema = Ema([("w", weights())])
     with pytest.raises(ModelError, match="1 missing, such as 'w'; 1 unknown, such as 'v'"):

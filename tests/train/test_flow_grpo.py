@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from diffalign.errors import ConfigError
 from diffalign.noise import Levels
 from diffalign.train import credit
 from diffalign.train.objectives.flow_grpo import (
+    FlowGRPO,
     FlowGRPOConfig,
     clip_figures,
     clipped_loss,
@@ -24,6 +26,8 @@ from diffalign.train.objectives.flow_grpo import (
     kl_velocity,
 )
 from diffalign.train.policy import _guess
+from diffalign.train.schedules import NoiseConfig
+from tests.tiny import build
 from tests.train import jobs
 from tests.train.jobs import Brightness
 
@@ -88,12 +92,13 @@ def test_the_exact_divergence_is_torchs() -> None:
 def test_the_clip_stops_the_gradient_on_the_far_side_only(
     log_ratio: float, advantage: float, low: float, high: float
 ) -> None:
+    assume(log_ratio not in (-low, high))  # right at the edge both sides have a say
     log = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
     a = torch.tensor([advantage], dtype=torch.float64)
     loss = clipped_loss(log, a, low, high)
     loss.sum().backward()
     ratio = math.exp(log_ratio)
-    stopped = (advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low)
+    stopped = (advantage > 0 and log_ratio > high) or (advantage < 0 and log_ratio < -low)
     assert float(log.grad) == pytest.approx(0 if stopped else -advantage * ratio)
     told = clip_figures(log, a, low, high)
     assert float(told["clip_low"] + told["clip_high"]) == stopped
@@ -101,9 +106,33 @@ def test_the_clip_stops_the_gradient_on_the_far_side_only(
 
 
 def test_a_clip_range_for_means_is_that_range_times_the_elements_for_sums() -> None:
-    assert FlowGRPOConfig(clip=2e-4, clip_high=3e-4).ranges(50) == (2e-4, 3e-4)
-    assert FlowGRPOConfig(clip=2e-4, clip_high=3e-4, density="sum").ranges(50) == pytest.approx((0.01, 0.015))
-    assert FlowGRPOConfig(clip=1e-4).ranges(7) == (1e-4, 1e-4)
+    mean, total = (FlowGRPOConfig(clip=2e-4, clip_high=3e-4, density=density).ranges(50) for density in ("mean", "sum"))
+    assert mean == pytest.approx((2e-4, 3e-4), rel=1e-3)  # to first order
+    assert [math.exp(-mean[0]), math.exp(mean[1])] == pytest.approx([1 - 2e-4, 1 + 3e-4], rel=1e-12)
+    assert total == pytest.approx((50 * mean[0], 50 * mean[1]), rel=1e-12)
+    assert FlowGRPOConfig(clip=1e-4).ranges(7) == FlowGRPOConfig(clip=1e-4).ranges(70)
+
+
+@given(st.floats(-1, 1), st.floats(1e-5, 0.3), st.integers(1, 70_000), st.sampled_from([-1.0, 1.0]))
+def test_both_conventions_stop_the_gradient_at_the_same_place(
+    share: float, clip: float, elements: int, sign: float
+) -> None:
+    log = 2 * clip * share  # of a mean density; the sum is that times the elements
+    stopped = []
+    for density, scale in (("mean", 1), ("sum", elements)):
+        low, high = FlowGRPOConfig(clip=clip, density=density).ranges(elements)
+        if max(abs(log) * scale, high) >= 80 or min(abs(abs(log) * scale / bound - 1) for bound in (low, high)) < 1e-9:
+            return  # beyond what an exponential holds, or right at the edge
+        told = clip_figures(torch.tensor([log * scale]).double(), torch.tensor([sign]), low, high)
+        stopped.append((float(told["clip_low"]), float(told["clip_high"])))
+    assert stopped[0] == stopped[1]
+    assert any(stopped[0]) == ((sign > 0 and log > math.log1p(clip)) or (sign < 0 and log < math.log1p(-clip)))
+
+
+def test_a_wide_clip_of_a_sum_has_a_finite_bound() -> None:
+    low, high = FlowGRPOConfig(clip=0.2, density="sum").ranges(65536)
+    loss = clipped_loss(torch.tensor([70.0, -70.0]), torch.tensor([1.0, -1.0]), low, high)
+    assert loss.isfinite().all()
 
 
 def test_both_conventions_clip_the_same_images_and_pull_in_the_same_direction() -> None:
@@ -132,7 +161,12 @@ def test_both_conventions_clip_the_same_images_and_pull_in_the_same_direction() 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"clip": 0.0}, "clip is 0.0"), ({"clip_high": -1.0}, "clip_high -1.0"), ({"beta": -0.1}, "beta is -0.1")],
+    [
+        ({"clip": 0.0}, "clip is 0.0"),
+        ({"clip": 1.0}, "clip is 1.0"),
+        ({"clip_high": -1.0}, "clip_high -1.0"),
+        ({"beta": -0.1}, "beta is -0.1"),
+    ],
 )
 def test_settings_without_sense_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -180,7 +214,9 @@ def test_the_normalised_log_ratio_is_the_product_of_noise_and_change(density: st
         def compare(i: int, prediction: Tensor, step: Any, log_prob: Tensor) -> None:
             old, following = micro.means[i], micro.walk.latents[i + 1]
             k = i - micro.trained.start
-            got = credit.ratio_norm_log_ratio(log_prob, micro.log_probs[k], step.mean, old, step.std, density)
+            gap = (step.mean - old).square().flatten(1)
+            drift = (gap.mean(1) if density == "mean" else gap.sum(1)) / (2 * step.std**2)
+            got = step.std * (log_prob - micro.log_probs[k] + drift)  # GRPO-Guard's formula
             seen.append((got, credit.noise_log_ratio(following, step.mean, old, step.std, density)))
 
         with torch.no_grad():
@@ -190,6 +226,51 @@ def test_the_normalised_log_ratio_is_the_product_of_noise_and_change(density: st
             torch.testing.assert_close(
                 got, expected, rtol=1e-3, atol=1e-6 * (micro.elements if density == "sum" else 1)
             )
+
+
+def test_tempflow_weighs_a_step_alike_wherever_the_window_is() -> None:
+    weighting, call = {"weighting": "tempflow"}, {"num_inference_steps": 5}
+    with jobs.job("sd3", {"flow_grpo": {"credit": weighting}}, call=call) as (job, chosen):
+        micro = chosen.collect(job, 0).micros[0]
+        whole = chosen.step_weights(chosen.deviations(micro), chosen.sizes(micro))
+        assert float(whole.mean()) == pytest.approx(1)
+        assert float(whole.max() - whole.min()) > 0.1
+    moving = {"window": 1, "rule": "progressive", "every": 1}
+    with jobs.job("sd3", {"flow_grpo": {"credit": weighting, "noise": moving}}, call=call) as (job, chosen):
+        for step in range(4):
+            micro = chosen.collect(job, step).micros[0]
+            assert list(micro.trained) == [step]
+            weight = chosen.step_weights(chosen.deviations(micro), chosen.sizes(micro))
+            torch.testing.assert_close(weight, whole[step : step + 1])
+            micro.advantages = torch.ones(3, 1)
+            assert jobs.learn(job, chosen, [micro])["loss"] == pytest.approx(-float(whole[step]), abs=1e-6)
+
+
+def test_normalised_ratios_of_another_prediction_are_refused() -> None:
+    told = {"flow_grpo": {"credit": {"weighting": "ratio_norm"}}}
+    with pytest.raises(ConfigError, match=r"predicts epsilon. Use tempflow"), jobs.job("sd15_ddim", told):
+        pass
+
+
+@pytest.mark.parametrize(("kernel", "has_h"), [("flow_sde", True), ("cps", False), ("ddim", False)])
+def test_the_published_divergence_has_a_factor_h_for_the_flow_sde_alone(kernel: str, has_h: bool) -> None:
+    chosen = FlowGRPO(FlowGRPOConfig(beta=0.1, noise=NoiseConfig(kernel=kernel)))
+    x, v, base = draw(2, 3, 4), draw(2, 3, 4, seed=1), draw(2, 3, 4, seed=2)
+    step = noise.KERNELS[kernel](0.7)
+    now, other = (step(LEVELS, x, prediction, 3) for prediction in (v, base))
+    h = float(SIGMA[3] - SIGMA[4]) if has_h else 1.0
+    found = chosen.divergence(LEVELS, x, 3, (now, v), (other, base))
+    torch.testing.assert_close(found, kl_code(now.mean, other.mean, now.std, h), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("density", ["mean", "sum"])
+def test_normalised_ratios_do_not_come_from_the_difference_of_two_large_densities(density: str) -> None:
+    told = {"flow_grpo": {"density": density, "credit": {"weighting": "ratio_norm"}, "clip": 2e-6}}
+    with jobs.job("sd3", told) as (job, chosen):
+        jobs.touched(job)
+        micro = chosen.collect(job, 0).micros[0]
+        micro.walk.log_probs = micro.walk.log_probs + 1e-3  # as rounding may leave them
+        assert jobs.learn(job, chosen, [micro])["ratio_mean"] == 1
 
 
 def test_normalised_ratios_are_exactly_1_before_any_update_and_divide_the_loss_by_the_step_size() -> None:
@@ -264,6 +345,22 @@ def test_annealed_noise_is_stored_with_the_walk_and_keeps_the_ratio_at_1() -> No
             ]
         )
         assert shares.tolist() == pytest.approx([max(2 - math.exp(i / 2), 0.3) for i in range(4)], abs=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_a_video_model_whose_scheduler_starts_just_below_1_walks_within_bounds(scheduler: str) -> None:
+    pipe = build("wan21")
+    told = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    pipe.scheduler = getattr(diffusers, scheduler)(**told)
+    with jobs.job("wan21", pipe=pipe, call={"num_inference_steps": 4}) as (job, chosen):
+        micro = chosen.collect(job, 0).micros[0]
+        levels = micro.driver.levels
+        assert 0.999 < float(levels.sigma[0]) < 1
+        deviations = [float(x.std()) for x in micro.walk.latents]
+        assert all(math.isfinite(each) and each < 4 for each in deviations), deviations
+        before, again = chosen.replayed(job, micro)
+        assert before.isfinite().all()
+        assert torch.equal(before, again)
 
 
 def test_flow_noise_on_another_model_is_refused() -> None:

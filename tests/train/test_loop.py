@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from diffalign import scoring
 from diffalign.errors import ConfigError, MissingExtra, UnknownName
-from diffalign.train import tracking
+from diffalign.reward_specs import parse_spec
+from diffalign.train import heldout, tracking
 from diffalign.train.settings import TrainConfig
 from diffalign.train.start import train
 from tests.train import fake_rewards
@@ -162,6 +164,59 @@ def test_without_an_average_the_raw_weights_are_evaluated_and_saved(tmp_path: Pa
     kept, _ = run(tmp_path, "kept", ema=0.9)
     assert raw["after"] == averaged["after"]
     assert raw["after"] != kept["after"]
+
+
+def test_before_the_first_averaging_the_learnt_weights_are_evaluated_and_saved(tmp_path: Path):
+    early, _ = run(tmp_path, "early", ema_every=8)
+    run(tmp_path, "raw", ema=0.0)
+    assert early["after"]["proxy"] != early["before"]["proxy"]
+    assert files(tmp_path / "early") == files(tmp_path / "raw")
+
+
+def test_a_divergence_that_is_not_walked_is_left_out(tmp_path: Path):
+    run(tmp_path, evaluate={"kl_prompts": 0})
+    assert not [row for row in rows(tmp_path / "run") if "kl_base" in row]
+
+
+def test_held_out_rewards_of_any_scale_weigh_alike_and_begin_at_zero(tmp_path: Path):
+    asked: dict[str, Any] = {"optim": {"learning_rate": 0.03}, "steps": 2}
+    found, _ = run(tmp_path, "both", panel=["colourfulness", f"{FAKES}:large"], **asked)
+    run(tmp_path, "one", panel=["colourfulness"], **asked)
+    both, one = rows(tmp_path / "both"), rows(tmp_path / "one")
+    assert found["before"]["heldout"] == {"mean": 0, "lo": 0, "hi": 0}
+    assert both[-1]["heldout"] == pytest.approx(both[-1]["heldout_gain"])
+    members = (one[-1]["heldout"], both[-1]["heldout_gain/large"])
+    assert both[-1]["heldout"] == pytest.approx(sum(members) / 2)
+    assert both[-1]["hacking_gap_lo"] <= both[-1]["hacking_gap"] <= both[-1]["hacking_gap_hi"]
+    assert found["watch"]["hacking_gap"]["mean"] == both[-1]["hacking_gap"]
+    assert found["watch"]["turn_over"]["step"] in (0, 2)
+
+
+def test_a_member_of_the_panel_that_trains_is_told(tmp_path: Path):
+    with pytest.warns(UserWarning, match="'brightness' is in the panel and in the reward"):
+        run(tmp_path, "name", panel=["brightness"], steps=1)
+    both = f"{FAKES}:brightness"
+    with pytest.warns(UserWarning, match="in the panel and in the reward"):
+        run(tmp_path, "file", reward={"colourfulness": 1.0, both: 1.0}, panel=[both], steps=1)
+
+
+def test_the_variety_is_not_measured_in_the_clip_that_trains():
+    def said(asked: str | None, reward: Any) -> tuple[str | None, list[str]]:
+        lines: list[str] = []
+        raised = [leaf for part, _ in parse_spec(reward) for leaf in scoring.leaves(part)]
+        made = heldout.tower(asked, "shapes-sd3", raised, lines.append)
+        return made and made.label, lines
+
+    assert said("auto", "brightness") == ("shapes-clip", [])
+    assert said(None, "clip") == (None, [])
+    for reward in ("clip", {"brightness": 1.0, "clip": 0.1}):
+        name, lines = said("auto", reward)
+        assert name is None
+        assert len(lines) == 1
+        assert "variety is measured in pixels: reward 'clip' trains on shapes-clip" in lines[0]
+    name, lines = said("shapes-clip", "clip")
+    assert name == "shapes-clip"
+    assert "take another evaluate.tower" in lines[0]
 
 
 def test_variety_is_within_prompts_where_a_prompt_has_several_pictures(tmp_path: Path):

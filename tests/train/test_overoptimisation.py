@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -42,13 +43,6 @@ def test_the_hypervolume_of_the_worked_example() -> None:
     assert over.hypervolume([(0.5, 0.9), (0.8, 0.6), (0.4, 0.5), (-1, 2)]) == pytest.approx(0.63)
 
 
-def test_the_kl_of_best_of_n_has_the_published_values() -> None:
-    told = [over.best_of_n_kl(n) for n in (1, 4, 16, 64)]
-    assert told == pytest.approx([0, 0.636294, 1.835089, 3.174508], abs=1e-6)
-    with pytest.raises(ConfigError, match="n is 0"):
-        over.best_of_n_kl(0)
-
-
 def test_the_scaling_curves_peak_where_the_paper_says() -> None:
     chosen, trained = over.Gao(1, 0.05, "best_of_n"), over.Gao(2, 0.5, "rl")
     assert (chosen.peak, chosen(chosen.peak)) == pytest.approx((10, 5))
@@ -75,7 +69,9 @@ def test_nothing_has_happened_at_the_base_model(seed: int) -> None:
     base, gold = drawn(seed), drawn(seed + 1)
     assert over.standardised_gain(base, base, PROMPTS) == over.Gain(0, 0)
     assert over.panel_gain({"a": gold}, {"a": gold}, PROMPTS).value == 0
-    assert over.gap_interval((base, base), [(gold, gold)], PROMPTS, draws=10).mean == 0
+    gap = over.gap_interval((base, base), [(gold, gold)], PROMPTS, draws=10)
+    assert gap is not None
+    assert gap.mean == 0
     assert over.path_kl(torch.zeros(3, 4), torch.ones(4)) == 0
 
 
@@ -119,9 +115,53 @@ def test_the_share_that_transfers_waits_for_a_gain() -> None:
 def test_the_gap_interval_is_around_the_gap() -> None:
     base, gold = drawn(1), drawn(2)
     told = over.gap_interval((base + 1, base), [(gold - 1, gold)], PROMPTS, draws=200)
+    assert told is not None
     exact = 1 / over.pooled_std(base, PROMPTS) + 1 / over.pooled_std(gold, PROMPTS)
     assert told.lo - 1e-5 <= exact <= told.hi + 1e-5
     assert told.mean == pytest.approx(exact, abs=1e-5)
+
+
+def test_there_is_no_gap_without_a_reward_that_varies() -> None:
+    flat, gold = torch.ones(24), drawn(2)
+    assert over.gap_interval((flat, flat), [(gold, gold)], PROMPTS) is None
+    assert over.gap_interval((gold, gold), [(flat, flat)], PROMPTS) is None
+    both = over.gap_interval((gold + 1, gold), [(flat, flat), (gold, gold)], PROMPTS, draws=10)
+    assert both is not None
+    assert both.mean == pytest.approx(1 / over.pooled_std(gold, PROMPTS), abs=1e-5)
+
+
+def test_the_moves_of_a_panel_have_the_panels_gain() -> None:
+    base = {"a": drawn(1), "b": 100 * drawn(2), "flat": torch.ones(24)}
+    now = {name: values + k for k, (name, values) in enumerate(base.items(), 1)}
+    moves = over.panel_moves(now, base, PROMPTS)
+    assert float(moves.mean()) == pytest.approx(over.panel_gain(now, base, PROMPTS).value, abs=1e-5)
+    assert over.panel_moves({}, {}, PROMPTS).isnan().all()
+
+
+def test_a_run_is_summed_up_by_its_evaluations() -> None:
+    golds, kls = [0.0, 0.5, 0.8, 0.6], [0.0, 1.0, 2.0, 4.0]
+    rows: list[dict[str, Any]] = [
+        {"step": 10 * k, "proxy_gain": float(k), "heldout_gain": gold, "kl_base": kl, "diversity": 1.0}
+        for k, (gold, kl) in enumerate(zip(golds, kls, strict=True))
+    ]
+    rows[-1] |= {"transfer": 0.2, "hacking_gap": 2.4, "hacking_gap_lo": 2.0, "hacking_gap_hi": 2.8}
+    told = over.of_run([*rows, {"step": 35, "reward": 1.0}])
+    assert told["frontier"] == {"gain": pytest.approx(0.525), "kl": 4.0}
+    smoothed = over.turn_over([0, 1, 2, 3], golds)
+    assert told["turn_over"]["step"] == 10 * smoothed.index
+    assert told["turn_over"]["loss"] == smoothed.loss
+    assert (told["step"], told["transfer"]) == (30, 0.2)
+    assert told["hacking_gap"] == {"mean": 2.4, "lo": 2.0, "hi": 2.8}
+    assert told["hypervolume"] == pytest.approx(0.8)
+
+
+def test_a_run_without_a_panel_or_without_a_kl_says_only_what_it_knows() -> None:
+    assert over.of_run([{"step": 0, "proxy_gain": 0.0}]) == {}
+    assert over.of_run([]) == {}
+    told = over.of_run([{"step": 0, "heldout_gain": 0.0}, {"step": 5, "heldout_gain": 0.1, "kl_base": 0.0}])
+    assert "frontier" not in told
+    assert "hypervolume" not in told
+    assert told["turn_over"] == {"step": 5, "loss": 0.0, "proxy_since": None}
 
 
 def test_path_kl_is_the_kl_of_two_normals_summed_over_steps() -> None:
@@ -149,21 +189,6 @@ def test_the_turn_over_tells_what_was_lost_since() -> None:
 def test_smoothing_repeats_itself_over_a_missing_value() -> None:
     assert over.smooth([1, math.nan, 2]) == [1, 1, 1.5]
     assert over.smooth([1, 5], weight=0) == [1, 5]
-
-
-def test_a_win_rate_needs_both_orders_to_agree() -> None:
-    first, second = torch.tensor([1.0, 1, 0, 0.5, 1]), torch.tensor([1.0, 0, 0, 1, math.nan])
-    told = over.win_rate(first, second)
-    assert told.mean == pytest.approx((1 + 0.5 + 0 + 1) / 4)
-    assert told.lo < told.mean < told.hi
-
-
-@given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=20))
-def test_swapping_the_sides_gives_the_complement(verdicts: list[float]) -> None:
-    won = torch.tensor(verdicts)
-    ours, theirs = over.win_rate(won, won), over.win_rate(1 - won, 1 - won)
-    assert ours.mean + theirs.mean == pytest.approx(1)
-    assert ours.lo == pytest.approx(1 - theirs.hi)
 
 
 @given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2, max_size=12))

@@ -132,14 +132,14 @@ def test_an_untouched_lora_has_no_divergence_at_all(objective: str, kl: str) -> 
 @every_objective
 @pytest.mark.parametrize("kl", ["code", "path", "velocity"])
 def test_beta_only_scales_the_divergence(objective: str, kl: str) -> None:
-    found: dict[float, tuple[Tensor, float]] = {}
+    found: dict[float, tuple[Tensor, Any]] = {}
     for beta in (0.0, 0.1, 0.3):
         with jobs.job("sd3", **asked(objective, beta=beta, kl=kl)) as (job, chosen):
             jobs.touched(job)
             told = jobs.learn(job, chosen, chosen.collect(job, 0).micros)
-            found[beta] = jobs.gradients(job), told["kl"]
+            found[beta] = jobs.gradients(job), told.get("kl")
     assert found[0.1][1] == found[0.3][1] > 0
-    assert found[0.0][1] == 0
+    assert found[0.0][1] is None  # nothing measured it
     part = found[0.1][0] - found[0.0][0]
     assert float(part.norm()) > 0
     torch.testing.assert_close(found[0.3][0] - found[0.0][0], 3 * part, rtol=1e-2, atol=1e-3 * float(part.norm()))

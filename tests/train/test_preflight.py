@@ -13,6 +13,9 @@ import torch
 
 from diffalign.errors import ConfigError, DiffalignError, ModelError
 from diffalign.noise import Transition
+from diffalign.train import preflight
+from diffalign.train.objective import Collected
+from tests.train import jobs
 from tests.train.tiny_runs import FAKES, OBJECTIVES, pipeline, run
 
 TOO_FEW: list[tuple[dict[str, Any], str]] = [
@@ -26,6 +29,8 @@ TOO_FEW: list[tuple[dict[str, Any], str]] = [
     ({"precision": "fp16"}, "fp16(.|\n)*precision=bf16"),
     ({"objective": {"flow_grpo": {"noise": {"level": 0.0}}}}, "without noise there is no ratio"),
     ({"objective": {"flow_grpo": {"noise": {"level": 1e-6}}}}, "next to none(.|\n)*noise.level"),
+    ({"objective": {"flow_grpo": {"noise": {"level": 20.0}}}}, "never seen(.|\n)*Lower noise.level"),
+    ({"advantage": {"hardness": "responsiveness"}}, "demonstration"),
 ]
 
 
@@ -98,15 +103,59 @@ def test_a_time_limit_says_how_many_steps_it_leaves(tmp_path: Path):
     assert any("minutes=1 will end it after about" in line for line in said)
 
 
-def test_an_estimate_of_model_rows_is_what_a_step_takes(tmp_path: Path):
-    found, _ = run(tmp_path, "dry", dry_run=True)
-    run(tmp_path, "run", steps=2)
+PLAIN_DENSE = {"objective": "dense_grpo", "advantage": {"step_norm": "group_step"}}
+
+
+@pytest.mark.parametrize("settings", [{}, PLAIN_DENSE, OBJECTIVES["tree_grpo"]], ids=["flow", "dense", "tree"])
+def test_an_estimate_of_model_rows_is_what_a_step_takes(tmp_path: Path, settings: dict[str, Any]):
+    found, _ = run(tmp_path, "dry", dry_run=True, **settings)
+    run(tmp_path, "run", steps=2, **settings)
     lines = [json.loads(line) for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()]
     taken = lines[1]["nfe"] - lines[0]["nfe"]
-    assert taken <= found["nfe_per_step"] <= 1.5 * taken
+    assert found["nfe_per_step"] == taken
 
 
 def test_the_reward_of_a_preflight_may_be_seen_in_later_micro_batches(tmp_path: Path):
     """A reward that is silent on the first pictures is no reason to refuse."""
     found, _ = run(tmp_path, reward=f"{FAKES}:late", dry_run=True)
     assert found["spread"] > 0
+
+
+class Bright:
+    """An objective without walks: a pull on every trained weight."""
+
+    def __init__(self, pull: float = 1.0) -> None:
+        self.pull, self.collected = pull, 0
+
+    def check(self, job: Any) -> None: ...
+
+    def collect(self, job: Any, step: int) -> Collected:
+        self.collected += 1
+        return Collected([[0, 1], [2]])
+
+    def learn(self, job: Any, micro: Any, share: float) -> dict[str, torch.Tensor]:
+        job.budget.charge(nfe=len(micro))
+        loss = self.pull * sum((p + 1).square().sum() for p in job.trained.parameters()) * share
+        job.backward(loss)
+        return {"loss": loss.detach()}
+
+    def state(self) -> dict[str, Any]:
+        return {"collected": self.collected}
+
+    def restore(self, state: Any) -> None:
+        self.collected = state["collected"]
+
+
+def test_an_objective_without_walks_is_tried_on_a_step_and_has_neither_ratio_nor_spread():
+    with jobs.job("sd3") as (job, _):
+        chosen: Any = Bright()
+        spent = job.budget.nfe
+        found = preflight.fly(job, chosen)
+        assert (found.ratio_off, found.spread, found.reached, found.nfe_per_step) == (None, None, 1, 3)
+        assert found.seconds_per_step > 0
+        assert not any("ratio" in line or "spread" in line for line in found.lines(job))
+        assert chosen.collected == 0
+        assert job.budget.nfe == spent
+        assert not jobs.gradients(job).any()
+        with pytest.raises(ModelError, match="no gradient reaches"):
+            preflight.fly(job, Bright(0.0))  # type: ignore[arg-type]

@@ -120,6 +120,8 @@ def test_ctrl_c_ends_the_run_after_the_step_and_it_goes_on_later(tmp_path: Path,
 
     found, said = run(tmp_path, "stopped", show=press, **asked)
     assert (found["ended"], found["steps"]) == ("asked to stop", 3)
+    assert (found["after_step"], found["chosen"]) == (0, 3)
+    assert any("figures of step 0, the weights saved are those of step 3" in line for line in said)
     assert any("stopping after this step" in line for line in said)
     assert (tmp_path / "stopped/checkpoints/step-3/manifest.json").exists()
     assert signal.getsignal(number) is kept
@@ -194,6 +196,34 @@ def test_a_run_that_the_watch_ended_stays_ended_with_the_weights_it_went_back_to
     again, _ = run(tmp_path, "killed", **asked)
     assert again["ended"] == found["ended"]
     assert again["chosen"] == found["chosen"]
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_a_rollback_finds_its_checkpoint_however_few_are_kept(tmp_path: Path):
+    asked: dict[str, Any] = {"steps": 8, "keep": 1, "evaluate": {"every": 1}, "ema": 0.0, "panel": ["colourfulness"]}
+    asked |= {"optim": {"learning_rate": 0.1}, "watch": {"action": "rollback", "kl_ceiling": 0.2, "read": ["kl"]}}
+    found, _ = run(tmp_path, **asked)
+    assert "the watch says rollback" in found["ended"]
+    kept = {checkpoint.step_of(path) for path in checkpoint.listed(tmp_path / "run/checkpoints")}
+    assert kept == {found["chosen"], found["steps"]}
+    assert found["after_step"] == found["chosen"]
+
+
+def test_a_rollback_of_a_run_that_began_elsewhere_finds_a_checkpoint_of_its_own(tmp_path: Path):
+    asked: dict[str, Any] = {"steps": 4, "evaluate": {"every": 1}, "ema": 0.0, "optim": {"learning_rate": 0.3}}
+    limits = {"action": "rollback", "patience": 1, "read": ["kl"]}
+    run(tmp_path, "first", **{**asked, "steps": 2}, watch=limits)
+    asked |= {"watch": {**limits, "kl_ceiling": 1e-3}, "resume": str(tmp_path / "first/checkpoints/step-2")}
+    with pytest.warns(UserWarning, match="with other settings"):
+        found, _ = run(tmp_path, "second", **asked, force=True)
+    assert "the watch says rollback" in found["ended"]
+    assert found["chosen"] == 3
+
+
+def test_killed_before_the_first_averaging_it_ends_with_the_same_bytes(tmp_path: Path):
+    asked: dict[str, Any] = {"ema_every": 3, "steps": 4, "evaluate": {"every": 1}}
+    run(tmp_path, "whole", **asked)
+    assert until_done(tmp_path, "killed", asked, iter([45, 40, 10**9])) == 2
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 

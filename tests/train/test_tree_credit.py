@@ -84,12 +84,12 @@ def test_softmax_fusion_is_that_of_the_spec() -> None:
 @given(forests())
 def test_equal_log_densities_fuse_to_the_mean_of_children(forest: tuple[Tensor, ...]) -> None:
     parent, depth, rewards, log_prob = forest
-    fused = tree_credit.fused_rewards(parent, depth, rewards, torch.full_like(log_prob, -3e4))
+    found = tree_credit.fused_advantages(parent, depth, rewards, torch.full_like(log_prob, -3e4))
+    valid = ~tree_credit.node_rewards(parent, depth, rewards).isnan()
     for node in range(len(parent)):
-        below = [float(fused[k]) for k in range(len(parent)) if parent[k] == node and not math.isnan(fused[k])]
-        if not tree_credit.leaves(parent)[node]:
-            assert float(fused[node]) == pytest.approx(sum(below) / len(below) if below else NAN, nan_ok=True)
-    assert bool((tree_credit.fused_rewards(parent, depth, rewards, log_prob).isnan() == fused.isnan()).all())
+        below = [float(found[k]) for k in range(len(parent)) if parent[k] == node and valid[k]]
+        if parent[node] >= 0 and not tree_credit.leaves(parent)[node]:
+            assert float(found[node]) == pytest.approx(sum(below) / len(below) if below else 0)
 
 
 @given(forests(), st.floats(0, 1))
@@ -131,6 +131,12 @@ def test_sibling_advantages_sum_to_0_and_do_not_see_shift_or_order(
     torch.testing.assert_close(again, A[order])
 
 
+def below_root(depth: Tensor, value: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same nodes with a root above them."""
+    top = torch.zeros(1)
+    return torch.cat([torch.tensor([0]), depth + 1]), torch.cat([top, value]), torch.cat([top, log_prob])
+
+
 def test_a_nan_leaf_leaves_its_siblings_statistics_alone() -> None:
     parent, depth = torch.tensor([-1, 0, 0, 0]), torch.tensor([0, 1, 1, 1])
     value = tree_credit.node_rewards(parent, depth, torch.tensor([NAN, 1.0, NAN, 0.0]))
@@ -139,25 +145,9 @@ def test_a_nan_leaf_leaves_its_siblings_statistics_alone() -> None:
         [0, 0.7071, 0, -0.7071], abs=5e-5
     )
     log_prob = torch.tensor([0.0, -1, 9, -1])
-    assert float(tree_credit.fused_rewards(parent, depth, value, log_prob)[0]) == 0.5
-
-
-def test_children_by_the_same_noise_count_once() -> None:
-    # node 1 twice: 1 and 2 came of the same noise, and so did their first children 4 and 5
-    parent = torch.tensor([-1, 0, 0, 0, 1, 2, 1, 3, 3])
-    depth = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2, 2])
-    noise = torch.tensor([0, 7, 7, 8, 1, 1, 2, 1, 2])
-    state = tree_credit.states(parent, depth, noise)
-    assert state.tolist() == [0, 1, 1, 3, 4, 4, 6, 7, 8]
-    rewards = torch.tensor([NAN, NAN, NAN, NAN, 1, 3, 0, 0, 4], dtype=torch.float64)
-    value = tree_credit.node_rewards(parent, depth, rewards, state)
-    assert value.tolist() == pytest.approx([8 / 5, 4 / 3, 4 / 3, 2, 2, 2, 0, 0, 4])
-    A = tree_credit.sibling_advantages(parent, value, state=state, scale=False)
-    assert A.tolist() == pytest.approx([0, -1 / 3, -1 / 3, 1 / 3, 1, 1, -1, -2, 2])
-    lonely = torch.tensor([0, 7, 7, 7, 1, 1, 2, 1, 2])
-    same = tree_credit.states(parent, depth, lonely)
-    alone = tree_credit.sibling_advantages(parent, tree_credit.node_rewards(parent, depth, rewards, same), state=same)
-    assert not alone[depth == 1].any()
+    under = torch.cat([torch.tensor([-1]), parent + 1])
+    whole = tree_credit.fused_advantages(under, *below_root(depth, value, log_prob))
+    assert float(whole[1]) == 0.5
 
 
 def plain_grpo(r: Tensor) -> Tensor:
@@ -212,6 +202,12 @@ def test_groups_join_trees_of_one_prompt() -> None:
     torch.testing.assert_close(levelled[[1, 2, 4, 5]], (r - r.mean()) / r.std(), rtol=1e-6, atol=0)
 
 
+def test_eps_is_added_to_the_deviation_that_global_advantages_divide_by() -> None:
+    r = REWARDS[3:]
+    found = tree_credit.global_advantages(PARENT, DEPTH, REWARDS, eps=0.5)
+    torch.testing.assert_close(found[3:], (r - r.mean()) / (r.std(correction=0) + 0.5))
+
+
 def test_blending_needs_something_to_blend_with() -> None:
     with pytest.raises(ConfigError, match=r"alpha is 0\.5"):
         tree_credit.sibling_advantages(PARENT, VALUE, alpha=0.5)
@@ -254,16 +250,6 @@ def test_pruning_keeps_a_child_of_every_valid_parent_it_keeps(forest: tuple[Tens
             assert bool(held) == (alive and bool(valid))
             if held:
                 assert max(value[k] for k in held) == max(value[k] for k in valid)
-
-
-def test_dropped_depths_slide_up_and_halt() -> None:
-    depth = torch.arange(6)
-    kept = [
-        tree_credit.keep_depths(depth, [4, 5], step, every=10, stop=2).nonzero().flatten() for step in (0, 10, 25, 90)
-    ]
-    assert [each.tolist() for each in kept] == [[1, 2, 3], [1, 2, 5], [1, 4, 5], [1, 4, 5]]
-    with pytest.raises(ConfigError, match="slide up to depth 2"):
-        tree_credit.keep_depths(depth, [1], 0, stop=2)
 
 
 # The bench chain as a tree whose leaves average later noise out exactly.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +15,8 @@ from torch import Tensor
 from diffalign import config, noise
 from diffalign.errors import ConfigError
 from diffalign.train import tree_credit
-from diffalign.train.objectives.tree_grpo import TreeGRPOConfig, _forest
+from diffalign.train.objectives.tree_grpo import TreeGRPOConfig
+from diffalign.train.trees_of_walks import forest
 from tests.train import jobs
 from tests.train.jobs import Brightness
 
@@ -112,7 +115,7 @@ def test_other_advantages_are_those_of_tree_credit(settings: dict[str, Any]) -> 
     with trees(group_size=8, **settings) as (job, chosen):
         grove = chosen.collect(job, 0).micros[0]
         rewards = job.score(grove.media, grove.leaves)[:, 0]
-        parent, depth, log_prob, leaf = _forest(grove, rewards)
+        parent, depth, log_prob, leaf = forest(grove, rewards)
         one = torch.zeros_like(parent)  # both trees are of one prompt
         if settings == {"advantage": "fused"}:
             own = tree_credit.leaf_advantages(parent, leaf, one)
@@ -122,10 +125,64 @@ def test_other_advantages_are_those_of_tree_credit(settings: dict[str, Any]) -> 
             expected = tree_credit.global_advantages(parent, depth, leaf, one)
         else:
             value = tree_credit.node_rewards(parent, depth, leaf)
-            expected = tree_credit.depth_advantages(parent, depth, value, one)
+            expected = tree_credit.depth_advantages(parent, depth, value, one, eps=1e-4)
         got = torch.cat([layer.advantages for layer in grove.layers])
         assert got.any()
         torch.testing.assert_close(got, expected[2:].float())
+
+
+@pytest.mark.parametrize("settings", [{"advantage": "fused"}, {"alpha": 0.0}, {"advantage": "depth"}, {}])
+def test_a_large_eps_makes_every_kind_of_advantage_small(settings: dict[str, Any]) -> None:
+    sizes = []
+    for eps in (1e-4, 1e6):
+        told = {"tree_grpo": {"noise": {"window": 2, "rule": "fixed"}, **settings}}
+        outer = {"group_size": 4, "micro_batch": 4, "reward": Brightness(100), "advantage": {"eps": eps}}
+        with jobs.job("sd3", told, **outer) as (job, chosen):
+            layers = [layer for grove in chosen.collect(job, 0).micros for layer in grove.layers]
+            sizes.append(float(torch.cat([layer.advantages for layer in layers]).abs().max()))
+    assert sizes[0] > 0.5
+    assert sizes[1] < 1e-3
+
+
+def test_fused_advantages_are_the_same_for_summed_and_mean_densities_and_tell_their_effective_children() -> None:
+    values, told = [], []
+    for density in ("mean", "sum"):
+        with trees(branches=3, window=1, density=density, advantage="fused") as (job, chosen):
+            found = chosen.collect(job, 0)
+            grove = found.micros[0]
+            values.append(torch.cat([layer.advantages for layer in grove.layers]))
+            told.append(found.stats["tree_ess"])
+        with trees(window=2, density=density, advantage="fused") as (job, chosen):
+            found = chosen.collect(job, 0)
+            values.append(torch.cat([layer.advantages for layer in found.micros[0].layers]))
+    torch.testing.assert_close(values[0], values[2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(values[1], values[3], rtol=1e-3, atol=1e-3)
+    assert told == pytest.approx([3, 3], abs=0.1)  # densities per element hardly differ between siblings
+    with trees() as (job, chosen):
+        assert "tree_ess" not in chosen.collect(job, 0).stats
+
+
+@pytest.mark.filterwarnings("ignore:reward 'brightness' failed")
+def test_a_failed_leaf_does_not_dilute_the_fused_advantage_of_its_parent() -> None:
+    reward = FailsOn()
+    with trees(reward=reward, advantage="fused") as (job, chosen):
+        groves, _ = chosen.sampled(job, 0, job.cases_of(0))
+        reward.seeds = {groves[0].leaves[1].seed}
+        first, last = chosen.collect(job, 0).micros[0].layers
+        torch.testing.assert_close(first.advantages[0], last.advantages[0])
+
+
+def test_tempflow_weighs_a_layer_as_its_step_wherever_the_window_is() -> None:
+    moving = {"window": 1, "rule": "progressive", "every": 1, "low": 1}
+    with trees(window=1, steps=5, noise=moving, credit={"weighting": "tempflow"}) as (job, chosen):
+        sigma = job.driver(job.prompts[:1]).levels.sigma
+        nu = [0.7 * math.sqrt(float(s / (1 - s) * (s - after))) for s, after in itertools.pairwise(sigma[1:5])]
+        for step in range(3):  # which is where the window is, from step 1 of the chain on
+            grove = chosen.collect(job, step).micros[0]
+            assert [layer.i for layer in grove.layers] == [1 + step]
+            grove.layers[0].advantages = torch.ones(2)
+            found = jobs.learn(job, chosen, [grove])["loss"]
+            assert found == pytest.approx(-nu[step] / (sum(nu) / 3), rel=1e-4)
 
 
 def test_unscaled_siblings_stay_in_units_of_the_groups_deviation() -> None:

@@ -168,3 +168,26 @@ def test_a_reward_that_compares_sees_whole_groups_wherever_micro_batches_cut(set
 def test_rewards_per_step_and_their_sets_go_together(objective: Any, over: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said), jobs.job("sd3", objective, advantage={"step_norm": over}):
         pass
+
+
+@pytest.mark.parametrize("objective", ["flow_grpo", "dense_grpo"])
+def test_a_step_weighs_the_same_wherever_the_window_is(objective: str) -> None:
+    """TempFlow's weight is relative to all steps that may have noise, not to those of the present window."""
+
+    def weights(**noise: Any) -> dict[int, float]:
+        settings = asked(objective, credit={"weighting": "tempflow"}, noise=noise)
+        with jobs.job("sd3", call={"num_inference_steps": 5}, **settings) as (job, chosen):
+            micro, found = chosen.collect(job, 0).micros[0], {}
+            for k, i in enumerate(micro.trained):
+                micro.advantages = torch.zeros_like(micro.advantages)
+                micro.advantages[:, k] = 1
+                found[i] = -float(chosen.learn(job, micro, 1.0)["loss"]) * len(micro.trained)
+            return found
+
+    whole = weights()
+    assert sum(whole.values()) == pytest.approx(4, rel=1e-5)
+    for low in (0, 2):
+        part = weights(window=1, low=low, high=low + 1)
+        assert part == {low: pytest.approx(1, rel=1e-5)}  # all that may have noise
+    for step in weights(window=2, rule="uniform").items():
+        assert step[1] == pytest.approx(whole[step[0]], rel=1e-4)

@@ -1,12 +1,14 @@
 """DenseGRPO: each step is credited with what it adds to the reward of the image that would follow without more noise.
 
-Paper: "DenseGRPO: From Sparse to Dense Reward for Flow Matching Model Alignment", 2026 (arXiv 2601.20218), sections 3.1
-(step rewards by deterministic completion) and 3.2 (exploration calibrated per step, here `calibrate`).
+Paper: "DenseGRPO: From Sparse to Dense Reward for Flow Matching Model Alignment", Deng et al., 2026 (arXiv 2601.20218),
+sections 3.1 (step rewards by deterministic completion) and 3.2 (exploration calibrated per step, here `calibrate`).
 
 Where we differ: where a walk has no noise after its window, the completion of the window's end is the image itself and
 is not drawn again. What the paper leaves open are settings: the number of samples, when a calibration ends (every step
-within one change for a few rounds), and bounds of psi. Fewer completion steps than the schedule has left (`completion`)
-skip evenly through it; the paper finds that worse. The last step is trained only with `noise.train_last`.
+within one change for a few rounds), and bounds of psi. All steps that a window may ever hold are calibrated together,
+by the signs of plain gains, whatever `value` and `credit` make of them. Fewer completion steps than the schedule has
+left (`completion`) skip evenly through it; the paper finds that worse. The last step is trained only with
+`noise.train_last`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffalign import media, noise
-from diffalign.cases import derived_seed
+from diffalign.cases import Case, derived_seed
 from diffalign.errors import ConfigError
 from diffalign.noise import Kernel
 from diffalign.train.credit import dense_gains
@@ -30,7 +32,7 @@ from diffalign.train.data import PromptSampler
 from diffalign.train.job import Job
 from diffalign.train.objectives.flow_grpo import FlowGRPO, FlowGRPOConfig
 from diffalign.train.rollout import Rollout
-from diffalign.train.schedules import noise_levels
+from diffalign.train.schedules import everywhere, noise_levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,13 @@ def thinned(start: int, steps: int, count: int) -> list[int]:
     return [start + round(k * (steps - start) / count) for k in range(count)]
 
 
+def share_of(cases: Sequence[Case], rank: int, processes: int) -> list[Case]:
+    """One of `processes` neighbouring shares of equal length; what the last ones lack is the last case over again."""
+    count = -(-len(cases) // processes)
+    padded = [*cases, *[cases[-1]] * (count * processes - len(cases))]
+    return padded[rank * count : (rank + 1) * count]
+
+
 class DenseGRPO(FlowGRPO):
     """Flow-GRPO with a reward for every step."""
 
@@ -108,8 +117,16 @@ class DenseGRPO(FlowGRPO):
 
     def check(self, job: Job) -> None:
         super().check(job)
-        if self.config.calibrate.on and job.driver(job.prompts[:1]).levels.prediction != "flow":
+        if not self.config.calibrate.on:
+            return
+        prediction = job.driver(job.prompts[:1]).levels.prediction
+        if prediction != "flow":
             raise ConfigError("calibrate is on, but psi is the noise of a flow model's steps. Leave it off here.")
+        if (kernel := self.kernel_name(prediction)) != "flow_sde":
+            raise ConfigError(
+                f"calibrate is on and noise.kernel is {kernel}, but psi is the noise of the flow SDE. Use flow_sde, or "
+                "leave calibrate off."
+            )
 
     def state(self) -> dict[str, Any]:
         return {"psi": list(self.psi)}
@@ -122,6 +139,9 @@ class DenseGRPO(FlowGRPO):
         kernel, trained = super().noise(job, step)
         if not self.psi:
             return kernel, trained
+        sigma = job.driver(job.prompts[:1]).levels.sigma.tolist()
+        found = [p * math.sqrt(a - b) for p, (a, b) in zip(self.psi, pairwise(sigma), strict=True) if p > 0]
+        self.spread = math.fsum(found) / max(len(found), 1)
         return noise.diffused([p if i in trained else 0.0 for i, p in enumerate(self.psi)]), trained
 
     def still(self, job: Job) -> Kernel:
@@ -130,15 +150,17 @@ class DenseGRPO(FlowGRPO):
 
     def step_rewards(self, job: Job, rollouts: Sequence[Rollout], rewards: Tensor) -> Tensor:
         """Rewards (n, S) of the trained steps: what each adds to the completed image."""
-        final = (rewards * job.weights).sum(1, keepdim=True)
+        levels = self.ladder(job, rollouts, rewards)
+        chosen = levels[:, 1:] if self.config.value == "level" else dense_gains(levels)
+        return self.through_steps(chosen, job.total(rewards)[:, None])
+
+    def ladder(self, job: Job, rollouts: Sequence[Rollout], rewards: Tensor) -> Tensor:
+        """Values (n, S + 1): of the images completed before each trained step, and after the last of them."""
         trained, steps = rollouts[0].trained, rollouts[0].driver.length
         ends_here = self.config.completion is None or trained.stop == steps
         places = list(trained) if ends_here else [*trained, trained.stop]
         columns = self.values(job, rollouts, places)
-        levels = torch.cat([columns, final], 1) if ends_here else columns
-        if self.config.value == "level":
-            return self.through_steps(levels[:, 1:], final)
-        return self.through_steps(dense_gains(levels), final)
+        return torch.cat([columns, job.total(rewards)[:, None]], 1) if ends_here else columns
 
     def values(self, job: Job, rollouts: Sequence[Rollout], places: Sequence[int]) -> Tensor:
         """Rewards (n, len(places)) of the images completed from those levels."""
@@ -160,7 +182,7 @@ class DenseGRPO(FlowGRPO):
         if not self.config.calibrate.on:
             return
         told, driver = self.config.calibrate, job.driver(job.prompts[:1])
-        shares = noise_levels(0, driver.length, self.config.noise, seed=job.seed)
+        shares = noise_levels(0, driver.length, everywhere(self.config.noise))
         psi = [noise.flow_diffusion(driver.levels, i, share) if share else 0.0 for i, share in enumerate(shares)]
         where, history = [i for i, p in enumerate(psi) if p > 0], []
         told = replace(told, floor=min(told.floor, *(psi[i] for i in where)), cap=max(told.cap, *psi))
@@ -181,18 +203,17 @@ class DenseGRPO(FlowGRPO):
         job.say(f"psi after {len(history)} rounds: " + " ".join(f"{p:.3f}" for p in self.psi))
 
     def _round(self, job: Job, k: int) -> Tensor:
-        """Gains (N, S) of fresh walks over all steps with noise; every process draws its share."""
-        told, count = self.config.calibrate, -(-self.config.calibrate.samples // job.processes)
+        """Gains (N, S) of fresh walks over all steps with noise; every process walks its share."""
+        count = self.config.calibrate.samples
         drawn = PromptSampler(job.prompts, derived_seed(job.seed, "calibrate"))
-        cases = drawn.cases_of(k, count * job.processes, 1)
-        cases = cases[job.rank * count : (job.rank + 1) * count]
+        cases = share_of(drawn.cases_of(k, count, 1), job.rank, job.processes)
         trained = [i for i, p in enumerate(self.psi) if p > 0]
         kernel, span = noise.diffused(self.psi), range(trained[0], trained[-1] + 1)
         found = []
         for some in [cases[a : a + job.config.micro_batch] for a in range(0, len(cases), job.config.micro_batch)]:
             rollout = self.walk(job, some, kernel, span)
-            found.append(self.step_rewards(job, [rollout], job.score(rollout.media, some)))
-        return job.gather(torch.cat(found))[: told.samples]
+            found.append(dense_gains(self.ladder(job, [rollout], job.score(rollout.media, some))))
+        return job.gather(torch.cat(found))[:count]
 
 
 OBJECTIVE = DenseGRPO

@@ -1,13 +1,17 @@
 """Tree GRPO: images of a prompt share the beginning of their walks, and each branch is judged by what grows from it.
 
-Papers: TreeGRPO (OpenReview 3rZdp4TmUb, ICLR 2026) as `advantage: fused`; BranchGRPO, 2025 (arXiv 2509.06040) as
-`advantage: depth`, with its pruning; V-STAR, "Spend Search Where It Pays", 2026 (arXiv 2602.10699) as `advantage:
-sibling`; TempFlow-GRPO's branching, 2025 (arXiv 2508.04324), is depth 1 of `sibling`.
+Papers: "TreeGRPO: Tree-Advantage GRPO for Online RL Post-Training of Diffusion Models", Ding and Ye, 2025 (arXiv
+2512.08153), as `advantage: fused`; BranchGRPO, 2025 (arXiv 2509.06040), as `advantage: depth`, with its pruning of
+children as `prune`; V-STAR, "Spend Search Where It Pays: Value-Guided Structured Sampling and Optimization for
+Generative Recommendation", Jiang et al., 2026 (arXiv 2602.10699), as `advantage: sibling`; the branching of
+"TempFlow-GRPO: When Timing Matters for GRPO in Flow Models", He et al., 2025 (arXiv 2508.04324), is depth 1 of it.
 
 Where we differ: branches grow at neighbouring steps, those of the noise window. A prompt has several trees, whose roots
 are start noises of their own, and leaves are compared over all of them. The noise of a branch is never scaled apart
 from its density. A transition whose siblings share its start is replayed with one model call for all of them. With one
-branch per node the trees are chains, and `fused` is Flow-GRPO to the bit.
+branch per node the trees are chains, and `fused` is Flow-GRPO to the bit; `tree_ess`, which it logs, is the effective
+number of children behind a fused advantage, 1 where one child's density decides. `advantage.eps` is added to the
+deviations of all three (BranchGRPO has 1e-8).
 """
 
 from __future__ import annotations
@@ -19,18 +23,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffalign import media, noise, shaping
-from diffalign.cases import Case, batched, derived_seed
+from diffalign import media, shaping
+from diffalign.cases import Case, batched
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError
 from diffalign.noise import Kernel, Transition, case_noise
-from diffalign.train import credit, tree_credit
+from diffalign.train import tree_credit
 from diffalign.train.advantage_config import AdvantageConfig
 from diffalign.train.job import Job
 from diffalign.train.objective import Collected
 from diffalign.train.objectives.flow_grpo import FlowGRPO, FlowGRPOConfig, clip_figures, clipped_loss
 from diffalign.train.policy import FIGURES
 from diffalign.train.schedules import NoiseConfig
+from diffalign.train.trees_of_walks import Grove, Layer, child_seed, deviation, forest, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,37 +71,6 @@ class TreeGRPOConfig(FlowGRPOConfig):
         return int(self.branches**self.noise.window)
 
 
-@dataclass
-class Layer:
-    """The transitions of one depth: P nodes and the C children that grew from them."""
-
-    i: int  # the step of the chain
-    driver: Driver  # for the P nodes
-    x: Tensor  # (P, ...) where the children start
-    parent: Tensor  # (C,) row of x
-    moves: Tensor  # (C, ...) where they arrive
-    log_probs: Tensor  # (C,) under the weights that sampled
-    advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (C,)
-
-
-@dataclass
-class Grove:
-    """The trees of a micro-batch."""
-
-    layers: list[Layer]
-    leaves: list[Case]
-    media: Tensor  # (L, ...) of the leaves
-    kernel: Kernel
-
-    def __len__(self) -> int:
-        return len(self.leaves)
-
-    @property
-    def elements(self) -> int:
-        """Numbers in one latent."""
-        return self.layers[0].x[0].numel()
-
-
 class TreeGRPO(FlowGRPO):
     """Flow-GRPO on trees."""
 
@@ -115,28 +89,31 @@ class TreeGRPO(FlowGRPO):
                 f"micro_batch is {job.config.micro_batch}, but trees of a prompt stay together: use {size}."
             )
         given = job.config.advantage
-        if given != AdvantageConfig(eps=given.eps, adv_scale=given.adv_scale, clip=given.clip):
+        read = AdvantageConfig(missing=given.missing, eps=given.eps, adv_scale=given.adv_scale, clip=given.clip)
+        if given != read:
             raise ConfigError(
                 "advantage has settings that a tree does not read: tree_grpo compares nodes by its own `advantage`, "
-                "and of these takes eps, adv_scale and clip. Drop the others."
+                "and of these takes missing, eps, adv_scale and clip. Drop the others."
             )
 
     def collect(self, job: Job, step: int) -> Collected:
         groves, rewards = self.sampled(job, step, job.cases_of(step))
         members = job.gather(rewards)
         invalid = job.require_valid(members, step)
-        total = (rewards * job.weights).sum(1)
-        first = 0
+        total = job.total(rewards)
+        first, effective = 0, []
         for grove in groves:
-            self._credit(job, grove, total[first : first + len(grove)])
+            effective.append(self._credit(job, grove, total[first : first + len(grove)]))
             first += len(grove)
-        every = (members * job.weights).sum(1)
+        every = job.total(members)
         told = {
             "reward": float(every.nanmean()),
             "invalid": invalid,
             "frac_zero_std": shaping.frac_zero_std(every, job.group_ids),
             "advantage_std": float(job.gather(torch.cat([a.advantages for g in groves for a in g.layers])).std()),
         }
+        if self.config.advantage == "fused":
+            told["tree_ess"] = float(torch.cat(effective).nanmean())
         return Collected(groves, job.mean(told))
 
     def sampled(self, job: Job, step: int, cases: Sequence[Case]) -> tuple[list[Grove], Tensor]:  # type: ignore[override]
@@ -174,31 +151,32 @@ class TreeGRPO(FlowGRPO):
         k = self.config.branches
         with torch.enable_grad():  # as a replay runs it, so that the ratio is exactly 1
             prediction = driver.predict(x, i, grad=True).detach()
-        step = _spread(kernel(driver.levels, x, prediction, i), parent := torch.arange(len(nodes)).repeat_interleave(k))
-        cases = [node.with_seed(_child_seed(node.seed, i, b)) for node in nodes for b in range(k)]
+        step = spread(kernel(driver.levels, x, prediction, i), parent := torch.arange(len(nodes)).repeat_interleave(k))
+        cases = [node.with_seed(child_seed(node.seed, i, b)) for node in nodes for b in range(k)]
         moves = step.sample(case_noise([case.seed for case in cases], step.mean, "step", i))
         return Layer(i, driver, x, parent, moves, step.log_prob(moves, self.config.density)), cases
 
     # advantages
 
-    def _credit(self, job: Job, grove: Grove, rewards: Tensor) -> None:
-        """Advantages of every edge of a grove from the rewards (L,) of its leaves."""
-        parent, depth, log_prob, leaf = _forest(grove, rewards)
+    def _credit(self, job: Job, grove: Grove, rewards: Tensor) -> Tensor:
+        """Advantages of every edge of a grove from the rewards (L,) of its leaves; effective children of its nodes."""
+        parent, depth, log_prob, leaf = forest(grove, rewards, self.config.density)
         per_prompt = job.config.group_size // self.config.leaves  # trees of a prompt
         roots = tree_credit.tree_of(parent)
         gid = roots // per_prompt  # roots are numbered first, prompt by prompt
         told, settings = self.config, job.config.advantage
-        overall = tree_credit.global_advantages(parent, depth, leaf, gid)
+        overall = tree_credit.global_advantages(parent, depth, leaf, gid, eps=settings.eps)
         value = tree_credit.node_rewards(parent, depth, leaf)
         if told.advantage == "fused":
             own = tree_credit.leaf_advantages(parent, leaf, gid, eps=settings.eps)
+            own = torch.where(leaf.isnan(), torch.nan, own)  # a leaf without a reward counts nowhere
             found = tree_credit.fused_advantages(parent, depth, own, log_prob)
         elif told.advantage == "depth":
-            found = tree_credit.depth_advantages(parent, depth, value, gid)
+            found = tree_credit.depth_advantages(parent, depth, value, gid, eps=settings.eps)
         else:
             found = tree_credit.sibling_advantages(parent, value, scale=told.scale, eps=settings.eps)
             if not told.scale:
-                found = found / (_deviation(rewards, job.config.group_size)[gid] + settings.eps)
+                found = found / (deviation(rewards, job.config.group_size)[gid] + settings.eps)
             found = told.alpha * found + (1 - told.alpha) * overall
         if told.prune != "none":
             keep = tree_credit.keep_best if told.prune == "best" else tree_credit.keep_extremes
@@ -208,15 +186,18 @@ class TreeGRPO(FlowGRPO):
         for layer in grove.layers:
             layer.advantages = found[first : first + len(layer.moves)].float()
             first += len(layer.moves)
+        children = tree_credit.effective_children(parent, tree_credit.fusion_weights(parent, log_prob, ~value.isnan()))
+        return torch.where(children > 0, children, torch.nan)
 
     # learning
 
     def learn(self, job: Job, micro: Grove, share: float) -> dict[str, Tensor]:  # type: ignore[override]
         """Every layer once: one model call for its nodes, a ratio for each of their children."""
-        sums, depth = dict.fromkeys(FIGURES, torch.zeros(())), len(micro.layers)
+        named = (*FIGURES, "kl") if self.config.beta else FIGURES
+        sums, depth = dict.fromkeys(named, torch.zeros(())), len(micro.layers)
         nu = torch.tensor([micro.kernel(a.driver.levels, a.x[:1], a.x[:1], a.i).std for a in micro.layers])
         h = torch.tensor([float(a.driver.levels.sigma[a.i] - a.driver.levels.sigma[a.i + 1]) for a in micro.layers])
-        weights = credit.STEP_WEIGHTS[self.config.credit.weighting](nu, h)
+        weights = self.step_weights(nu, h)
         low, high = self.config.ranges(micro.elements)
         for k, layer in enumerate(micro.layers):
             if not bool(layer.advantages.any()) and not self.config.beta and not job.sharded:
@@ -260,39 +241,7 @@ class TreeGRPO(FlowGRPO):
         with torch.enable_grad():
             prediction = layer.driver.predict(layer.x, layer.i, grad=True)
         alone = micro.kernel(layer.driver.levels, layer.x, prediction, layer.i)
-        return _spread(alone, layer.parent).log_prob(layer.moves, self.config.density), alone, prediction
-
-
-def _child_seed(seed: int, i: int, branch: int) -> int:
-    """The first child goes on with its parent's noise, as a walk without branches would; the others draw their own."""
-    return derived_seed(seed, "branch", i, branch) if branch else seed
-
-
-def _spread(step: Transition, parent: Tensor) -> Transition:
-    """A transition of every child: its parent's."""
-    return noise.Transition(step.mean[parent.to(step.mean.device)], step.std)
-
-
-def _forest(grove: Grove, rewards: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Parent, depth, edge log-density and leaf reward of every node (M,): roots first, then layer by layer."""
-    roots = len(grove.layers[0].x)
-    parents, depths = [torch.full((roots,), -1)], [torch.zeros(roots, dtype=torch.int64)]
-    log_probs, first = [torch.zeros(roots)], 0
-    for depth, layer in enumerate(grove.layers, 1):
-        parents.append(layer.parent + first)
-        depths.append(torch.full((len(layer.moves),), depth))
-        log_probs.append(layer.log_probs.cpu())
-        first += len(layer.x)
-    parent = torch.cat(parents)
-    leaf = torch.full((len(parent),), torch.nan)
-    leaf[-len(rewards) :] = rewards
-    return parent, torch.cat(depths), torch.cat(log_probs), leaf
-
-
-def _deviation(rewards: Tensor, size: int) -> Tensor:
-    """Population deviation (groups,) of the valid rewards of each group."""
-    rows = rewards.view(-1, size)
-    return (rows - rows.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nan_to_num()
+        return spread(alone, layer.parent).log_prob(layer.moves, self.config.density), alone, prediction
 
 
 OBJECTIVE = TreeGRPO

@@ -1,0 +1,110 @@
+"""One micro-batch of the first step, tried before training: ratio, noise, reward, time and model rows."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import ConfigError, ModelError
+from diffalign.train.job import Job
+
+if TYPE_CHECKING:
+    from diffalign.train.policy import PolicyGradient
+
+LEAST_NOISE = 1e-4  # of a step, beside latents of about 1: what float32 still tells from rounding
+MOST_NOISE = 3.0  # of a step, beside the latents' own level: beyond it the next level is not where the model knows it
+TRIES = 4  # micro-batches in which a reward may show a difference
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a try of an objective told; its gradient is left in what is trained."""
+
+    seconds: float  # of a whole step
+    rows: int  # model rows of a whole step, over all processes
+    ratio_off: float | None = None  # largest |ratio - 1| before any update, where there is a ratio
+    spread: float | None = None  # standard deviation of the reward, where there is one
+
+
+def rehearse(job: Job, objective: PolicyGradient) -> Rehearsal:
+    """Sample, score and replay a micro-batch; the test of the ratio is no part of a step and is not charged."""
+    _require_noise(job, objective)
+    cases = job.cases_of(0)[: job.config.micro_batch]
+    before, start = job.budget.nfe, time.perf_counter()
+    rollouts, rewards = objective.sampled(job, 0, cases)
+    objective.step_rewards(job, rollouts, rewards)
+    rows, seconds = job.budget.nfe - before, time.perf_counter() - start
+    off = _ratio_off(job, objective, rollouts[0])
+    objective.pretend(rollouts[0])
+    before, start = job.budget.nfe, time.perf_counter()
+    objective.learn(job, rollouts[0], 1.0)
+    rows, seconds = rows + job.budget.nfe - before, seconds + time.perf_counter() - start
+    many = job.config.images / job.processes / len(cases)
+    spread = _spread(job, objective, rewards)
+    return Rehearsal(seconds * many, round(rows * many) * job.processes, off, spread)
+
+
+def _require_noise(job: Job, objective: PolicyGradient) -> None:
+    """Refuse a trained step that is deterministic but for rounding, or that throws the latents out of their range."""
+    kernel, trained = objective.noise(job, 0)
+    driver = job.driver(job.prompts[:1])
+    x = driver.start()
+    for i in trained:
+        std, level = float(kernel(driver.levels, x, x, i).std), math.hypot(*driver.levels.at(i))
+        if not std > LEAST_NOISE:
+            raise ConfigError(
+                f"step {i} of the sampler has noise of deviation {std:.1e}, which is next to none: its log-density is "
+                "rounding, and images hardly differ. Raise noise.level, or leave the step out with noise.low or "
+                "noise.high."
+            )
+        if not std <= MOST_NOISE * level:
+            raise ConfigError(
+                f"step {i} of the sampler has noise of deviation {std:.3g} beside latents of about {level:.3g}: what "
+                "follows is noise that the model has never seen. Lower noise.level (0.7 is usual), or sample with "
+                "more steps."
+            )
+
+
+def _ratio_off(job: Job, objective: Any, micro: Any) -> float:
+    """How far the ratio is from 1 where nothing was learnt yet."""
+    before, again = objective.replayed(job, micro)
+    if before.dtype not in (torch.float32, torch.float64):
+        raise ConfigError(
+            f"log-probabilities are {before.dtype}, whose rounding is larger than a clip range. Compute them in "
+            "float32: kernels must return a float32 mean."
+        )
+    off = float((again - before).abs().max())
+    low, _ = objective.config.ranges(micro.elements)
+    if not off <= low / 10:
+        raise ModelError(
+            f"the ratio before any update is off by {off:.1e}, too much for a clip range of {low:.1e}: replay and "
+            "sampling do not run the same computation. Turn off what is random or differs between them (dropout, "
+            "compile, another attention backend), or load the model in float32."
+        )
+    return off
+
+
+def _spread(job: Job, objective: PolicyGradient, rewards: Tensor) -> float:
+    """The reward's standard deviation over the tried images; a reward that is the same for all is refused."""
+    rewards = job.gather(rewards)
+    for k in range(1, TRIES + 1):
+        total = job.total(rewards)
+        known = total[~total.isnan()]
+        if len(known) > 1 and float(known.max() - known.min()) > 0:
+            return float(known.std())
+        if k < TRIES:
+            more = job.cases_of(k)[: job.config.micro_batch]
+            rewards = torch.cat([rewards, job.gather(objective.sampled(job, k, more)[1])])
+    names = ", ".join(reward.name for reward, _ in job.members)
+    if not len(known):
+        raise ConfigError(f"reward {names} could not judge any of {len(rewards)} images. See the warnings above.")
+    raise ConfigError(
+        f"reward {names} is {float(known[0]):g} for all of {len(known)} images, so every advantage would be 0. Use a "
+        "reward with partial credit (shapes_soft instead of shapes), prompts that are neither hopeless nor solved, or "
+        "more noise."
+    )
