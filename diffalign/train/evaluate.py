@@ -47,7 +47,7 @@ def evaluate(job: Job, step: int, training: Mapping[str, float]) -> Evaluation:
     columns: dict[str, list[Tensor]] = {}
     for chunk, made in zip(batched(mine, size), torch.split(pixels, size), strict=True):
         scores = torch.stack([rate(reward, made, chunk) for reward, _ in job.members], dim=1)
-        columns.setdefault("proxy", []).append((scores * job.weights).sum(1))
+        columns.setdefault("proxy", []).append(job.total(scores))
         if job.truth is not None:
             columns.setdefault("truth", []).append(rate(job.truth, made, chunk))
         for name, reward in job.panel:

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffalign import scoring
 from diffalign.clip_tower import EMBEDDED, ClipTower
+from diffalign.errors import ConfigError
 from diffalign.scoring import Reward
 
 
@@ -33,15 +34,25 @@ def _model_of(reward: Reward) -> Any:
     return getattr(getattr(reward, "tower", None), "model", None)
 
 
-def check(panel: Sequence[tuple[str, Reward]], raised: Sequence[Reward]) -> None:
-    """Warn of members of the panel that train."""
-    for name, reward in panel:
+def panel(members: Sequence[tuple[Reward, float]], raised: Sequence[Reward]) -> list[tuple[str, Reward]]:
+    """The rewards that only watch, by name; names differ, weights mean nothing, and those that train are told."""
+    found: dict[str, Reward] = {}
+    for reward, weight in members:
+        if weight != 1.0:
+            raise ConfigError(
+                f"the panel gives '{reward.name}' the weight {weight:g}, but it only watches, each member by itself. "
+                "Give a list of names."
+            )
+        if reward.name in found:
+            raise ConfigError(f"the panel has two rewards called '{reward.name}'. Leave one out, or rename it.")
+        found[reward.name] = reward
         if any(_alike(leaf, other) for leaf in scoring.leaves(reward) for other in raised):
             warnings.warn(
-                f"'{name}' is in the panel and in the reward, so it is not held out: it gains what the proxy gains. "
-                "Take another reward into the panel.",
-                stacklevel=4,
+                f"'{reward.name}' is in the panel and in the reward, so it is not held out: it gains what the proxy "
+                "gains. Take another reward into the panel.",
+                stacklevel=5,
             )
+    return list(found.items())
 
 
 def _alike(one: Reward, other: Reward) -> bool:

@@ -90,21 +90,35 @@ def _ratio_off(job: Job, objective: Any, micro: Any) -> float:
 
 
 def _spread(job: Job, objective: PolicyGradient, rewards: Tensor) -> float:
-    """The reward's standard deviation over the tried images; a reward that is the same for all is refused."""
-    rewards = job.gather(rewards)
+    """The reward's largest deviation inside a tried group; one that tells no images of a prompt apart is refused."""
+    size, most = job.config.group_size, max(job.config.micro_batch, job.config.group_size)
+    if len(rewards) < size:  # a try is at least one whole group
+        rest = job.cases_of(0)[len(rewards) : size]
+        rewards = torch.cat([rewards, objective.sampled(job, 0, rest)[1]])
+    seen = []
     for k in range(1, TRIES + 1):
         total = job.total(rewards)
-        known = total[~total.isnan()]
-        if len(known) > 1 and float(known.max() - known.min()) > 0:
-            return float(known.std())
+        seen.append(total)
+        within = float(job.gather(_within(total, size)[None]).max())
+        if within > 0:
+            return within
         if k < TRIES:
-            more = job.cases_of(k)[: job.config.micro_batch]
-            rewards = torch.cat([rewards, job.gather(objective.sampled(job, k, more)[1])])
+            rewards = objective.sampled(job, k, job.cases_of(k)[:most])[1]
+    known = (every := job.gather(torch.cat(seen)))[~every.isnan()]
     names = ", ".join(reward.name for reward, _ in job.members)
     if not len(known):
-        raise ConfigError(f"reward {names} could not judge any of {len(rewards)} images. See the warnings above.")
-    raise ConfigError(
-        f"reward {names} is {float(known[0]):g} for all of {len(known)} images, so every advantage would be 0. Use a "
-        "reward with partial credit (shapes_soft instead of shapes), prompts that are neither hopeless nor solved, or "
-        "more noise."
+        raise ConfigError(f"reward {names} could not judge any of {len(every)} images. See the warnings above.")
+    alike = (
+        f"{float(known[0]):g} for all" if float(known.max()) == float(known.min()) else "the same for every prompt's"
     )
+    raise ConfigError(
+        f"reward {names} is {alike} of {len(known)} images, so every advantage would be 0. Use a reward with partial "
+        "credit (shapes_soft instead of shapes), prompts that are neither hopeless nor solved, or more noise."
+    )
+
+
+def _within(total: Tensor, size: int) -> Tensor:
+    """The largest deviation inside a group, of rewards (n,) that stand group by group; 0 where none can be told."""
+    rows = [part[~part.isnan()] for part in torch.split(total, size)]
+    spreads = [part.std() for part in rows if len(part) > 1 and float(part.max() - part.min()) > 0]
+    return torch.stack(spreads).max() if spreads else torch.zeros(())

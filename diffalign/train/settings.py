@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,6 +32,13 @@ class OptimConfig:
             raise ConfigError(
                 f"optim.learning_rate is {self.learning_rate}, but nothing is learnt unless it is above 0."
             )
+        if not (math.isfinite(self.learning_rate) and self.epsilon > 0 and self.weight_decay >= 0 and self.warmup >= 0):
+            raise ConfigError(
+                f"optim has learning_rate {self.learning_rate}, epsilon {self.epsilon}, weight_decay "
+                f"{self.weight_decay} and warmup {self.warmup}: finite, above 0, and the last two not below 0."
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas is {list(self.betas)}, but shares of moments that are kept lie in [0, 1).")
         if not self.clip_norm > 0:
             raise ConfigError(f"optim.clip_norm is {self.clip_norm}, but it must be above 0; 1e9 never clips.")
 
@@ -57,9 +65,9 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.prompts is not None and self.split is not None:
             raise ConfigError("evaluate has both prompts and split. Give one of them.")
-        for name in ("limit", "per_prompt", "every", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, but it must be at least 1.")
+        for name, least in {"limit": 1, "per_prompt": 1, "every": 1, "batch": 1, "keep": 0, "kl_prompts": 0}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, but it must be at least {least}.")
 
 
 @dataclass(frozen=True, kw_only=True)

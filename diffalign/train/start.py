@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from diffalign import atomic, config, scoring
+from diffalign.arguments import parameters
 from diffalign.cases import Case
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError
@@ -132,15 +133,16 @@ def _job(
         raise ConfigError("the job has no reward, so there is nothing to raise. Add one, such as reward: {clip: 1.0}.")
     prompts = _cases(settings.prompts, settings.split, settings.limit)
     monitor = _monitor(settings, prompts)
+    tell: Callable[[str], None] = say if accelerator.is_main_process else lambda text: None
+    raised = [leaf for reward, _ in members for leaf in scoring.leaves(reward)]
+    panel = heldout.panel(parse_spec(settings.panel) if settings.panel else [], raised)
+    truth = scoring.make_reward(settings.truth) if settings.truth else None
+    tower = heldout.tower(settings.evaluate.tower, model, raised, tell)
     _seed(seed)
     training = call | settings.sampling
     with torch.no_grad():
-        names = adapters.ran(Driver(pipe, [prompts[0]], **training))
+        names = _denoisers(pipe, prompts[0], training)
     trained = adapters.attach(pipe, settings.adapter, adapters.find_denoisers(pipe, settings.adapter.modules, names))
-    panel = [(reward.name, reward) for reward, _ in (parse_spec(settings.panel) if settings.panel else [])]
-    raised = [leaf for reward, _ in members for leaf in scoring.leaves(reward)]
-    heldout.check(panel, raised)
-    tell: Callable[[str], None] = say if accelerator.is_main_process else lambda text: None
     return Job(
         config=settings,
         pipe=pipe,
@@ -154,11 +156,29 @@ def _job(
         accelerator=accelerator,
         folder=out,
         seed=seed,
-        truth=scoring.make_reward(settings.truth) if settings.truth else None,
+        truth=truth,
         panel=panel,
-        tower=heldout.tower(settings.evaluate.tower, model, raised, tell),
+        tower=tower,
         say=tell,
     )
+
+
+def _denoisers(pipe: Any, case: Case, call: Mapping[str, Any]) -> tuple[str, ...]:
+    """What denoises, which two steps of the pipeline tell; a call it cannot take is told as such."""
+    try:
+        return adapters.ran(Driver(pipe, [case], **call))
+    except (ValueError, TypeError, AttributeError) as error:
+        wants = (
+            ""
+            if case.source is not None or "image" not in parameters(pipe)
+            else (
+                " It takes a picture: give prompts whose rows name a `source`, or sampling: {image: ...} from Python."
+            )
+        )
+        raise ConfigError(
+            f"{type(pipe).__name__} does not take the call of this job ({type(error).__name__}: {str(error)[:200]}). "
+            f"Check call and sampling.{wants}"
+        ) from error
 
 
 def _cases(file: str | None, split: Any, limit: int | None = None) -> list[Case]:

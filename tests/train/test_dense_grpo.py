@@ -259,7 +259,7 @@ def test_a_calibration_has_settled_when_every_step_stays_within_one_change() -> 
 
 
 def test_a_calibration_starts_from_the_flow_sde_and_ends_on_the_mean_of_its_last_two() -> None:
-    told = {"on": True, "rounds": 20, "settled": 4}
+    told = {"enabled": True, "rounds": 20, "settled": 4}
     with dense(calibrate=told, noise={"high": 2}, steps=5) as (job, chosen):
         start = [noise.flow_diffusion(job.driver(job.prompts[:1]).levels, i, 0.7) for i in range(2)]
         assert min(start) > chosen.config.calibrate.cap  # which must not throw psi back at once
@@ -281,7 +281,7 @@ def test_a_calibration_starts_from_the_flow_sde_and_ends_on_the_mean_of_its_last
 
 def test_a_calibration_reaches_every_step_that_a_window_may_ever_hold() -> None:
     noisy = {"window": 1, "rule": "progressive", "every": 1, "low": 1}
-    with dense(calibrate={"on": True, "rounds": 1, "samples": 2}, noise=noisy, steps=5) as (job, chosen):
+    with dense(calibrate={"enabled": True, "rounds": 1, "samples": 2}, noise=noisy, steps=5) as (job, chosen):
         chosen.prepare(job)
         assert chosen.psi[0] == chosen.psi[4] == 0
         assert min(chosen.psi[1:4]) > 0
@@ -310,7 +310,7 @@ def test_tempflow_weighs_calibrated_steps_alike_wherever_the_window_is() -> None
 def test_a_calibration_counts_plain_gains_whatever_is_credited(settings: dict[str, Any]) -> None:
     found = []
     for told in ({}, settings):
-        with dense(calibrate={"on": True, "samples": 4}, steps=4, **told) as (job, chosen):
+        with dense(calibrate={"enabled": True, "samples": 4}, steps=4, **told) as (job, chosen):
             chosen.restore({"psi": [0.6, 0.5, 0.4, 0.0]})
             found.append(chosen._round(job, 0))
     assert found[0].any()
@@ -326,7 +326,7 @@ def test_shares_of_a_calibration_are_of_one_length_and_hold_every_case_once(coun
 
 
 def test_a_calibration_measures_the_same_images_on_any_number_of_processes() -> None:
-    with dense(calibrate={"on": True, "samples": 5}, steps=4) as (job, chosen):
+    with dense(calibrate={"enabled": True, "samples": 5}, steps=4) as (job, chosen):
         chosen.restore({"psi": [0.6, 0.5, 0.4, 0.0]})
         alone = chosen._round(job, 1)  # whose prompts follow those of the first
         lent, shares = job.accelerator, []
@@ -340,7 +340,7 @@ def test_a_calibration_measures_the_same_images_on_any_number_of_processes() -> 
 
 
 def test_a_round_of_calibration_measures_gains_of_fresh_walks_of_every_noisy_step() -> None:
-    with dense(calibrate={"on": True, "samples": 5, "rounds": 2}, steps=4) as (job, chosen):
+    with dense(calibrate={"enabled": True, "samples": 5, "rounds": 2}, steps=4) as (job, chosen):
         chosen.prepare(job)
         assert len(chosen.psi) == 4
         assert chosen.psi[3] == 0
@@ -360,13 +360,13 @@ def test_what_cannot_work_is_refused() -> None:
         pass
     with (
         pytest.raises(ConfigError, match="psi is the noise of a flow"),
-        dense("sd15_ddim", calibrate={"on": True}),
+        dense("sd15_ddim", calibrate={"enabled": True}),
     ):
         pass
     for kernel in ("cps", "ddim"):
         with (
             pytest.raises(ConfigError, match=f"noise.kernel is {kernel}, but psi is the noise of the flow SDE"),
-            dense(calibrate={"on": True}, noise={"kernel": kernel}),
+            dense(calibrate={"enabled": True}, noise={"kernel": kernel}),
         ):
             pass
     with pytest.raises(ConfigError, match="completion is 0"):

@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "flow_grpo": {},
     "dense_grpo": {
-        "objective": {"dense_grpo": {"calibrate": {"on": True, "samples": 4, "rounds": 2}}},
+        "objective": {"dense_grpo": {"calibrate": {"enabled": True, "samples": 4, "rounds": 2}}},
         "advantage": {"step_norm": "group_step"},
     },
     "tree_grpo": {"objective": {"tree_grpo": {"noise": {"window": 2, "rule": "geometric"}}}},

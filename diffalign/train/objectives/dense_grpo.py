@@ -39,7 +39,7 @@ from diffalign.train.schedules import everywhere, noise_levels
 class CalibrationConfig:
     """How much noise each step gets: as much as leaves gains and losses in balance."""
 
-    on: bool = False  # costs `rounds` x `samples` completed walks before the first step
+    enabled: bool = False  # costs `rounds` x `samples` completed walks before the first step
     samples: int = 24  # images of a round, one of each prompt
     rounds: int = 20  # most rounds
     tolerance: int = 2  # a step is balanced while its gains and losses differ by fewer images than this
@@ -117,7 +117,7 @@ class DenseGRPO(FlowGRPO):
 
     def check(self, job: Job) -> None:
         super().check(job)
-        if not self.config.calibrate.on:
+        if not self.config.calibrate.enabled:
             return
         prediction = job.driver(job.prompts[:1]).levels.prediction
         if prediction != "flow":
@@ -179,7 +179,7 @@ class DenseGRPO(FlowGRPO):
 
     def prepare(self, job: Job) -> None:
         """Find psi before the first step, then leave it."""
-        if not self.config.calibrate.on:
+        if not self.config.calibrate.enabled:
             return
         told, driver = self.config.calibrate, job.driver(job.prompts[:1])
         shares = noise_levels(0, driver.length, everywhere(self.config.noise))

@@ -54,7 +54,7 @@ class FlowGRPOConfig:
                 f"clip is {self.clip} and clip_high {self.clip_high}, but a range must be above 0, where there is a "
                 "gradient, and clip below 1: no ratio is 0. 1e-4 is usual, 2e-6 with credit.weighting: ratio_norm."
             )
-        if self.beta < 0:
+        if not 0 <= self.beta < math.inf:
             raise ConfigError(f"beta is {self.beta}, but a negative KL weight drives the model away from its base.")
 
     def ranges(self, elements: int) -> tuple[float, float]:
