@@ -160,7 +160,7 @@ def video(page: Page, folder: Path) -> dict[str, Any]:
     return {"kind": "video", "shown": path, "original": path, "width": 64, "height": 64, "frames": 12, "fps": 20}
 
 
-def until(page: Page, claim: str, seconds: float = 5.0) -> None:
+def until(page: Page, claim: str, seconds: float = 20.0) -> None:
     """Wait for a claim in JavaScript; playwright's own waiting needs the `eval` that the page forbids."""
     end = time.monotonic() + seconds
     while not page.evaluate(claim):

@@ -23,7 +23,9 @@ from diffalign.train.ema import BEGUN, Ema
 from diffalign.train.precision import autocast
 from tests.tiny import FAMILIES, build, call
 
-ALL = [name for name in FAMILIES if not FAMILIES[name].broken and not name.startswith("sd15_")]
+EVERY = [name for name in FAMILIES if not FAMILIES[name].broken and not name.startswith("sd15_")]
+USUAL = ("sd15", "sdxl", "sd3", "flux", "pixart_sigma", "sana", "qwen_image", "wan22")
+ALL = [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
 NO_PEFT = ("pixart_sigma", "pixart_alpha", "hunyuan_dit")  # diffusers gives these denoisers no adapter methods
 BY_FLAG = (
     "sd3_controlnet",
@@ -487,6 +489,7 @@ attach(build("sd15"), AdapterConfig(rank=2)).save(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_equal_trainings_write_equal_files(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     env = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[2])}

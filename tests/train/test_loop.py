@@ -55,6 +55,7 @@ def test_a_run_leaves_its_result_its_curves_and_a_summary_with_intervals(tmp_pat
     assert any("the result is in" in line for line in said)
 
 
+@pytest.mark.slow
 def test_one_step_in_the_direction_of_the_reward_raises_it(tmp_path: Path):
     found, _ = run(tmp_path, steps=12, groups=4, group_size=8, optim={"learning_rate": 1e-2}, evaluate={"every": 12})
     assert found["after"]["proxy"]["mean"] > found["before"]["proxy"]["mean"]
@@ -158,6 +159,7 @@ def test_gradient_checkpointing_learns_the_same(tmp_path: Path):
     assert (tmp_path / "kept/metrics.jsonl").read_bytes() == (tmp_path / "again/metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_without_an_average_the_raw_weights_are_evaluated_and_saved(tmp_path: Path):
     raw, _ = run(tmp_path, "raw", ema=0.0)
     averaged, _ = run(tmp_path, "averaged", ema=0.9, evaluate={"averaged": False})

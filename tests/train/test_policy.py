@@ -73,6 +73,7 @@ def test_the_ratio_is_1_to_the_bit_under_autocast_and_with_checkpointing(
         require_exact(job, chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in jobs.FAST if name not in FOUR])
 def test_the_ratio_is_1_to_the_bit_on_every_family(family: str) -> None:
     with jobs.job(family) as (job, chosen):

@@ -30,6 +30,7 @@ def test_two_processes_compute_what_one_does(objective: str, tmp_path: Path) -> 
     alike(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_two_processes_share_out_every_update_and_not_the_step(tmp_path: Path) -> None:
     asked = {**EXACT, "groups": 4, "group_size": 2, "micro_batch": 2, "updates": 2}
     assert forked(lambda: run(tmp_path, "one", **asked)) == 0
@@ -53,6 +54,7 @@ def settings_of(groups: int, updates: int) -> Any:
     return TrainConfig(groups=groups, updates=updates)
 
 
+@pytest.mark.slow
 def test_two_processes_repeat_themselves_to_the_bit(tmp_path: Path) -> None:
     for out in ("a", "b"):
         assert both(lambda rank, out=out: run(tmp_path, out), tmp_path / "log") == [0, 0]  # type: ignore[misc]

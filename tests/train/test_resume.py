@@ -140,6 +140,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path):
     assert not (tmp_path / "run/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_the_time_ends_a_run_and_a_resumed_one_counts_the_time_before(tmp_path: Path):
     found, _ = run(tmp_path, minutes=1e-6)
     assert (found["ended"], found["steps"]) == ("the time is over", 1)
@@ -151,6 +152,7 @@ def test_the_time_ends_a_run_and_a_resumed_one_counts_the_time_before(tmp_path: 
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
 
 
+@pytest.mark.slow
 def test_interrupted_twice_and_resumed_with_more_steps_it_has_the_weights_of_the_longer_run(tmp_path: Path):
     run(tmp_path, "whole", steps=6)
     until_done(tmp_path, "killed", {}, iter([45, 30, 10**9]))
@@ -220,6 +222,7 @@ def test_a_rollback_of_a_run_that_began_elsewhere_finds_a_checkpoint_of_its_own(
     assert found["chosen"] == 3
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_averaging_it_ends_with_the_same_bytes(tmp_path: Path):
     asked: dict[str, Any] = {"ema_every": 3, "steps": 4, "evaluate": {"every": 1}}
     run(tmp_path, "whole", **asked)

@@ -29,6 +29,7 @@ def test_sharded_weights_learn_and_are_saved_as_whole_ones(adapter: dict[str, An
     assert notes[0] == notes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [{"kind": "full"}, {"kind": "lora", "rank": 2}], ids=["full", "lora"])
 def test_sharded_weights_are_resumed_to_the_bit(adapter: dict[str, Any], tmp_path: Path) -> None:
     asked = {"adapter": adapter, "checkpoint_every": 1}
