@@ -197,6 +197,7 @@ ASK = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_shipped_comparison_runs_and_goes_on_where_it_stopped(tiny: str, here: Path) -> None:  # noqa: F811
     assert main([*ASK, "-m", tiny]) == 0
     folder = here / "out/bench_credit"

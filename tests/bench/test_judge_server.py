@@ -14,6 +14,7 @@ LIKELY = likely(Yes=math.log(0.75), No=math.log(0.25))
 SMALL = JudgeServerBench(at_once=(1, 4), questions=12, rounds=3, side=8)
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_four_at_once_answers_nearly_four_times_as_many() -> None:
     def script(path: str, body: Any, count: int) -> Says:
         time.sleep(0.05)

@@ -129,6 +129,7 @@ def test_the_preflight_changes_nothing_and_costs_the_run_nothing(tmp_path: Path)
     assert len(said) > len(silent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [

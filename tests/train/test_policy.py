@@ -130,6 +130,7 @@ def test_an_untouched_lora_has_no_divergence_at_all(objective: str, kl: str) -> 
         assert not jobs.gradients(job).any()
 
 
+@pytest.mark.slow
 @every_objective
 @pytest.mark.parametrize("kl", ["code", "path", "velocity"])
 def test_beta_only_scales_the_divergence(objective: str, kl: str) -> None:

@@ -117,7 +117,8 @@ def test_a_checkpoint_has_the_random_numbers_of_every_process(tmp_path: Path) ->
 # going on
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
 def test_a_pair_that_is_killed_anywhere_ends_as_the_one_that_was_not(seed: int, tmp_path: Path) -> None:
     assert both(lambda rank: run(tmp_path, "whole"), tmp_path / "log") == [0, 0]
     draw = random.Random(seed)

@@ -86,6 +86,7 @@ def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(tmp
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment_it_ends_with_the_same_bytes(tmp_path: Path):
     run(tmp_path, "whole")
     for wait in (0.25, 0.5, 0.75):
@@ -101,6 +102,7 @@ def test_killed_at_a_random_moment_it_ends_with_the_same_bytes(tmp_path: Path):
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_reward_that_draws_random_numbers_draws_the_same_after_a_resume(tmp_path: Path):
     asked: dict[str, Any] = {"reward": f"{FAKES}:random", "overlap": False}
     run(tmp_path, "whole", **asked)
