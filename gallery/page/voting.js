@@ -44,7 +44,7 @@
       event.preventDefault();
       G.close();
     });
-    G.$("vote").addEventListener("close", () => showing && G.close()); // closed by the browser
+    G.$("vote").addEventListener("close", ({ target }) => showing && !target.open && G.close()); // closed by the browser
   }
 
   const chosen = () => new Map(G.votes(G.voter()).map((vote) => [vote.entry, vote]));

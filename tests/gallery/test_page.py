@@ -203,6 +203,17 @@ def test_a_permalink_opens_its_entry_and_back_returns_to_the_list(visit: Visit, 
     assert "no entry \u201cgone\u201d" in page.locator("#message").inner_text()
 
 
+@pytest.mark.parametrize(("dialog", "opened"), [("detail", "entry: 'e5'"), ("vote", "view: 'vote'")])
+def test_a_dialog_opened_again_at_once_stays_open(visit: Visit, discs: Any, dialog: str, opened: str) -> None:
+    page = visit(discs[0])
+    shut = "Gallery.go({ entry: null, view: null })"
+    page.evaluate(f"() => {{ Gallery.go({{ {opened} }}); {shut}; Gallery.go({{ {opened} }}); }}")
+    page.wait_for_timeout(200)  # the browser tells of the first closing a little later
+    assert page.evaluate(f"document.querySelector('#{dialog}').open")
+    page.evaluate(f"document.querySelector('#{dialog}').close()")
+    browser.until(page, "!/entry|view/.test(location.hash)")
+
+
 def vote_all(page: Page, keys: str) -> None:
     for key in keys:
         page.keyboard.press(key)

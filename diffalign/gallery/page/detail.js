@@ -40,7 +40,7 @@
       event.preventDefault();
       G.close();
     });
-    G.$("detail").addEventListener("close", () => current.id !== undefined && G.close()); // closed by the browser
+    G.$("detail").addEventListener("close", ({ target }) => current.id !== undefined && !target.open && G.close()); // closed by the browser
   }
 
   async function copyLink() {
