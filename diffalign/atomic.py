@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -31,6 +32,17 @@ def write_json(path: str | Path, value: Any) -> Path:
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> Path:
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
     return write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON has it: tensors and arrays as numbers or lists of them, null where a number is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    if hasattr(value, "tolist"):
+        return finite(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_image(path: str | Path, image: Image.Image) -> Path:

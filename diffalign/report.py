@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign import atomic
 from diffalign.scoring import Score
 from diffalign.search import best_of_n
 from diffalign.search.forest import Tree
@@ -111,18 +112,7 @@ class SearchReport(Report):
         return [count - int(valid.sum()) for valid, count in rows]
 
     def json(self) -> dict[str, Any]:
-        return super().json() | {"counts": self.counts, "extras": _words(self.extras), "notes": self.notes}
-
-
-def _words(value: Any) -> Any:
-    """Nested plain values: tensors become lists, NaN and infinities null."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(k): _words(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_words(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return super().json() | {"counts": self.counts, "extras": atomic.finite(self.extras), "notes": self.notes}
 
 
 def _plain(values: Tensor) -> list[list[float | None]]:

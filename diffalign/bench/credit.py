@@ -8,9 +8,8 @@ parts with plain gradients only sharpen what biases are measured against. Every 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,21 +19,17 @@ import torch
 from torch import Tensor
 
 from diffalign import atomic, config
-from diffalign.bench.credit_gradients import Influence, gradients, step_weights
+from diffalign.bench.credit_gradients import Influence, gradients
 from diffalign.bench.credit_methods import COSTS, ORACLE, PLAIN, Credited, Method, Methods, costs, of_truth, schedule
 from diffalign.bench.credit_oracle import OracleConfig, worth
 from diffalign.budget import BACKWARD_COST
-from diffalign.drive import Driver
 from diffalign.errors import ConfigError
 from diffalign.judges.secrets import without_secrets
-from diffalign.reward_specs import parse_spec
-from diffalign.train import adapters, data
+from diffalign.train import opening
 from diffalign.train.adapters import AdapterConfig
-from diffalign.train.embeddings import PromptCache
 from diffalign.train.job import Job
-from diffalign.train.precision import autocast
 from diffalign.train.rollout import Rollout
-from diffalign.train.settings import TrainConfig
+from diffalign.train.settings import EvaluateConfig, TrainConfig
 
 GROWS = ("parts", "reference")  # what may be raised when a run goes on
 
@@ -115,7 +110,7 @@ def run(
                 _write(folder / "gradients" / f"part-{part}.safetensors", tensors)
                 rows.append(row)
                 with (folder / "rows.jsonl").open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(plain(row)) + "\n")
+                    lines.write(json.dumps(atomic.finite(row)) + "\n")
             advance(1)
     wanted = set(numbers(told))
     return Found(sorted((row for row in rows if row["part"] in wanted), key=lambda row: int(row["part"])), folder)
@@ -137,15 +132,6 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
             continue
         rows[row["part"]] = row
     return list(rows.values())
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it: what is no number becomes null."""
-    if isinstance(value, Mapping):
-        return {name: plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tensor(rows: Any) -> Tensor:
@@ -178,28 +164,14 @@ def opened(
     pipe: Any, told: CreditBench, *, model: str, call: Mapping[str, Any], seed: int, folder: Path
 ) -> Iterator[Job]:
     """The job that a training with these settings would have, with its adapter attached for the length of the block."""
-    from accelerate import Accelerator
-
     settings = TrainConfig(
         reward=told.reward, split=told.split, prompts=told.prompts, groups=told.groups, group_size=told.group_size,
-        micro_batch=told.micro_batch, adapter=told.adapter, precision=told.precision, trackers=(),
+        micro_batch=told.micro_batch, sampling=told.sampling, adapter=told.adapter, precision=told.precision,
+        evaluate=EvaluateConfig(limit=1, tower=None), trackers=(),
     )  # fmt: skip
-    prompts = data.read(data.PromptsConfig(file=told.prompts, split=told.split, keep_duplicates=told.split is not None))
-    asked = {**call, **told.sampling}
-    with torch.no_grad():
-        names = adapters.ran(Driver(pipe, [prompts[0]], **asked))
-    trained = adapters.attach(pipe, told.adapter, adapters.find_denoisers(pipe, (), names))
-    with ExitStack() as stack:
-        stack.callback(trained.detach)
-        job = Job(
-            config=settings, pipe=pipe, model=model, call=asked, deployed=asked, prompts=prompts, monitor=(),
-            members=parse_spec(told.reward), trained=trained, accelerator=Accelerator(cpu=pipe.device.type == "cpu"),
-            folder=folder, seed=seed,
-        )  # fmt: skip
+    with opening.opened(pipe, settings, model=model, call=call, seed=seed, out=folder) as job:
         if job.listwise:
             raise ConfigError("a reward compares the images of a prompt, so a redrawn image has no reward of its own.")
-        stack.enter_context(autocast(trained.denoisers.values(), told.precision))
-        stack.enter_context(PromptCache(pipe))
         yield job
 
 
@@ -212,7 +184,7 @@ def measure(job: Job, methods: Methods, told: CreditBench, part: int) -> tuple[d
     row: dict[str, Any] = {
         "part": part,
         "prompts": [case.prompt for case in cases[:: told.group_size]],
-        "rewards": (rewards * job.weights).sum(1).tolist(),
+        "rewards": job.total(rewards).tolist(),
         "trained": list(rollouts[0].trained),
         "walk": dict(cost),
         "learn": learning_nfe(rollouts[0]),
@@ -223,7 +195,7 @@ def measure(job: Job, methods: Methods, told: CreditBench, part: int) -> tuple[d
     credited = methods.credited(job, rollouts, rewards, told.oracle.batch)
     if told.oracle.redraws:
         with costs(job, len(cases)) as cost:
-            found = worth(job, rollouts, (rewards * job.weights).sum(1), told.oracle)
+            found = worth(job, rollouts, job.total(rewards), told.oracle)
         credited[ORACLE] = Credited(of_truth(job, found, rewards), "none", cost)
         row["worth"] = found.json()
     row["A"] = {name: each.A.tolist() for name, each in credited.items()}
@@ -251,13 +223,13 @@ def differentiate(
     apart = {name: each for name, each in credited.items() if name == PLAIN or not torch.equal(each.A, plain)}
     ordered = [PLAIN, *(name for name in apart if name != PLAIN)]
     A = torch.stack([credited[name].A for name in ordered])
-    weights = torch.stack([step_weights(rollouts[0], credited[name].weighting) for name in ordered])
+    weights = torch.stack([methods.step_weights(rollouts[0], credited[name].weighting) for name in ordered])
     with seen.hooked() if seen is not None else nullcontext():
         found, steps = gradients(job, rollouts, A, weights, methods.walker.config.density, look=seen)
     told = dict(zip(ordered, found, strict=True))
     for name, each in credited.items():
         if name not in told:
-            told[name] = (step_weights(rollouts[0], each.weighting)[:, None] * steps).sum(0)
+            told[name] = (methods.step_weights(rollouts[0], each.weighting)[:, None] * steps).sum(0)
     return {**told, "steps": steps}
 
 

@@ -17,20 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.noise import Convention, Transition
-from diffalign.train import credit, influence
+from diffalign.train import influence
 from diffalign.train.job import Job
 from diffalign.train.rollout import Rollout
 
 Look = Callable[[Rollout, int, Tensor], None]  # told of every replayed step: walks, index, noise
-
-
-def step_weights(rollout: Rollout, weighting: str) -> Tensor:
-    """What a weighting multiplies each step's A grad log p with (S,), where every ratio is 1."""
-    levels, x = rollout.driver.levels, rollout.walk.latents[0][:1]
-    nu = torch.tensor([rollout.kernel(levels, x, x, i).std for i in rollout.trained])
-    h = torch.stack([levels.sigma[i] - levels.sigma[i + 1] for i in rollout.trained]).float()
-    weights = credit.STEP_WEIGHTS[weighting](nu, h)
-    return weights * nu if weighting == "ratio_norm" else weights  # its log-ratio carries a factor nu
 
 
 def gradients(

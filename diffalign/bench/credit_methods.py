@@ -20,6 +20,7 @@ from diffalign.train.advantage_config import AdvantageConfig
 from diffalign.train.job import Job
 from diffalign.train.objective import make
 from diffalign.train.objectives.dense_grpo import DenseGRPO
+from diffalign.train.objectives.flow_grpo import FlowGRPO
 from diffalign.train.objectives.tree_grpo import TreeGRPO
 from diffalign.train.policy import PolicyGradient
 from diffalign.train.rollout import Rollout
@@ -111,9 +112,17 @@ class Methods:
         return Known(made.config, self.known) if isinstance(made, DenseGRPO) else made
 
     @property
-    def walker(self) -> PolicyGradient:
+    def walker(self) -> FlowGRPO:
         """The objective that draws the walks."""
-        return self.objectives[PLAIN]
+        walker = self.objectives[PLAIN]
+        assert isinstance(walker, FlowGRPO)
+        return walker
+
+    def step_weights(self, rollout: Rollout, weighting: str) -> Tensor:
+        """What a weighting multiplies each step's A grad log p with (S,), where every ratio is 1."""
+        nu, h = self.walker.deviations(rollout), self.walker.sizes(rollout)
+        weights = credit.STEP_WEIGHTS[weighting](nu, h, self.walker.spread or None)
+        return weights * nu if weighting == "ratio_norm" else weights  # its log-ratio carries a factor nu
 
     def credited(
         self, job: Job, rollouts: Sequence[Rollout], rewards: Tensor, batch: int, only: str = ""
@@ -160,7 +169,7 @@ def dealt(
 
 def against_siblings(job: Job, objective: TreeGRPO, rollouts: Sequence[Rollout], rewards: Tensor, batch: int) -> Tensor:
     """Advantages (N, S) of each step taken over redraws of it, all of them completed once."""
-    told, total = objective.config, (rewards * job.weights).sum(1)
+    told, total = objective.config, job.total(rewards)
     family = torch.arange(len(total)).repeat_interleave(told.branches)
     parent = torch.cat([torch.full((len(total),), -1), family])
     columns = []
@@ -177,7 +186,7 @@ def against_siblings(job: Job, objective: TreeGRPO, rollouts: Sequence[Rollout],
 
 def of_truth(job: Job, worth: Worth, rewards: Tensor) -> Tensor:
     """The measured true advantages (N, S) in units of their group's deviation, as plain advantages are."""
-    total = (rewards * job.weights).sum(1)
+    total = job.total(rewards)
     return (worth.advantage / _deviation(job, total)[:, None]).nan_to_num().float()
 
 

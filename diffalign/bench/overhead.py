@@ -28,8 +28,8 @@ from diffalign.reward_kinds import Ask, Composite, Score
 from diffalign.scoring import make_reward
 from diffalign.train.settings import TrainConfig
 from diffalign.train.start import train
+from diffalign.train.targets import find_denoisers
 
-DENOISERS = ("transformer", "transformer_2", "unet", "unet_2")
 TIMED = f"{__name__}:Timed"
 NEVER = 10**9  # steps between evaluations
 
@@ -116,10 +116,7 @@ class Pairs:
     @contextmanager
     def noted(self, pipe: Any) -> Iterator[None]:
         """A block in which the calls of the pipeline's denoisers and decoder are kept."""
-        models = {name: getattr(pipe, name, None) for name in DENOISERS}
-        found = [(model, "forward") for model in models.values() if isinstance(model, nn.Module)]
-        if not found:
-            raise ConfigError(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}, so no calls can be counted.")
+        found = [(model, "forward") for model in find_denoisers(pipe).values()]
         if isinstance(decoder := getattr(getattr(pipe, "vae", None), "decoder", None), nn.Module):
             found.append((decoder, "decode"))
         with ExitStack() as stack:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from diffalign import config
-from diffalign.bench.training_runs import ASKED
 from diffalign.errors import ConfigError
+from diffalign.train.interrupt import ASKED
 from diffalign.train.run_folder import CONFIG, Metrics
 
 AXES = ("step", "seconds", "nfe")

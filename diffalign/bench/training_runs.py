@@ -17,12 +17,12 @@ from typing import IO, Any
 
 from diffalign import atomic, config
 from diffalign.errors import ConfigError
+from diffalign.train.interrupt import ASKED
 from diffalign.train.run_folder import CONFIG, FREE, differences
 
 WHOLE = ("objective", "reward", "panel")  # mappings that name things: replaced, where all others are merged
 SAME = ("model", "call", *(f"evaluate.{name}" for name in ("prompts", "split", "limit", "per_prompt", "call")))
 COMMAND = (sys.executable, "-m", "diffalign", "train")
-ASKED = "asked to stop"  # how a summary calls a run that was interrupted
 INTERRUPTED = 130  # the exit code of a run that was asked to stop
 PAUSE = 0.5  # seconds between two looks at the processes
 LENGTHS = ("steps", "minutes")  # free to change in a run, but longer ones are to be gone on with

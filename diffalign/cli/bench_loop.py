@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -38,11 +37,10 @@ class LoopBench(Verb):
         from diffalign.train.settings import TrainConfig
 
         built: Any = config.build(Train.whole(), merged(read_config(self.job), self.settings))
-        told = {f.name: getattr(built, f.name) for f in dataclasses.fields(TrainConfig)}
         with tempfile.TemporaryDirectory() as folder:
             found = overhead.measure(
                 built.pipeline(),
-                TrainConfig(**told),
+                TrainConfig.of(built),
                 folder=Path(folder) / "run",
                 pairs=self.pairs,
                 model=built.model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +11,6 @@ from typing import Annotated, Any, ClassVar
 
 from diffalign.cli.model import ModelVerb
 from diffalign.cli.verb import Opt
-
-ASKED = "asked to stop"  # as the loop puts it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,37 +49,34 @@ class Train(ModelVerb):
 
     def cost(self) -> dict[str, Any]:
         """What the preflight finds out."""
-        found = self._train(self._show_nothing, dry_run=True)
+        found = self._train(dry_run=True)
         return {name: value for name, value in found.items() if name != "dry_run"}
 
     def run(self) -> dict[str, Any]:
         with _bar(self.steps) as show:
-            return self._train(show)
+            return self._train(show=show)
 
     def status(self, result: Any) -> int:
         """130 where someone asked it to stop, as after any interruption."""
+        from diffalign.train.interrupt import ASKED
+
         return 130 if result.get("ended") == ASKED else 0
 
-    def _train(self, show: Callable[[int, Mapping[str, Any]], None], *, dry_run: bool = False) -> dict[str, Any]:
+    def _train(self, **more: Any) -> dict[str, Any]:
         from diffalign.train.settings import TrainConfig
         from diffalign.train.start import train
 
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
         return train(
             self.pipeline(),
-            TrainConfig(**own),
+            TrainConfig.of(self),
             model=self.model,
             call=self.pipeline_call(),
             seed=self.seed,
             out=self.out or "out/train",
             origin={name: getattr(self, name) for name in ("device", "dtype", "attention", "lora", "out")},
             say=_say,
-            show=show,
-            dry_run=dry_run,
+            **more,
         )
-
-    def _show_nothing(self, step: int, row: Mapping[str, Any]) -> None:
-        pass
 
 
 @functools.cache

@@ -16,7 +16,11 @@ from diffalign.errors import ConfigError
 from diffalign.gallery import rows
 from diffalign.gallery.sides import Item, Picture, Side
 
-CURVES = ("proxy", "truth", "heldout", "diversity")
+CHARTS = {  # figures that share a unit share a chart: its y axis, and its curves
+    "score": ("proxy", "truth"),
+    "gain over the start, in deviations": ("proxy_gain", "truth_gain", "heldout"),
+    "variety, 1 at the start": ("diversity", "diversity_across"),
+}
 
 
 def is_training(path: Path) -> bool:
@@ -38,19 +42,24 @@ def read_training(path: Path, read_run: Callable[[Path], Side]) -> Side:
     items: list[Item] = [replace(item, samples=over.get(item.key, [])) for item in last.items]
     name, metrics = path.resolve().name, path / "metrics.jsonl"
     lines = [row for _, row in rows.read_lines(metrics, "Train on from a checkpoint.")] if metrics.exists() else []
-    return replace(last, name=name, items=items, curves=[curve for curve in [_curve(name, lines)] if curve])
+    return replace(
+        last,
+        name=name,
+        items=items,
+        curves=[chart for y, names in CHARTS.items() if (chart := _chart(name, lines, y, names))],
+    )
 
 
 def _step(folder: Path) -> re.Match[str] | None:
     return re.fullmatch(r"step-(\d+)", folder.name)
 
 
-def _curve(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What the metrics say of the reward that trains and of those that watch, over steps."""
+def _chart(name: str, lines: Sequence[Mapping[str, Any]], y: str, names: Sequence[str]) -> dict[str, Any] | None:
+    """Some figures of the metrics over steps; None where none of them is known."""
     series = []
-    for what in CURVES:
+    for what in names:
         points = [(rows.number(row.get("step")), rows.number(row.get(what))) for row in lines]
         known = [(x, y) for x, y in points if x is not None and y is not None]
         if known:
             series.append({"name": what, "x": [x for x, _ in known], "y": [y for _, y in known]})
-    return {"name": name, "x": "step", "y": "reward", "series": series} if series else None
+    return {"name": name, "x": "step", "y": y, "series": series} if series else None

@@ -61,7 +61,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7))
+    figure.subplots_adjust(left=0.075, right=0.985, top=0.955, bottom=0.075, hspace=0.3, wspace=0.2)
     judged = [row for row in rows if _number(row, "proxy_gain") is not None]
     seen = judged or [row for row in rows if _number(row, "proxy") is not None]
     _rewards(axes[0, 0], seen)
@@ -70,7 +71,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     _line(axes[1, 0], seen, "diversity_across", "across prompts", HELDOUT, ":", "^")
     axes[1, 0].axhline(1, color=SOFT, linewidth=0.8)
     _dress(axes[1, 0], "Variety", "share of the base model's")
-    axes[1, 0].set_ylim(bottom=0)
+    axes[1, 0].set_ylim(0, max(1.05, axes[1, 0].get_ylim()[1]))
     far = "kl_base" if any("kl_base" in row for row in seen) else "kl"
     _line(axes[1, 1], seen, far, "KL", INK, "-", "o")
     _dress(axes[1, 1], "Distance to the base model", "KL, nats", legend=False)

@@ -8,7 +8,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -19,24 +19,19 @@ from diffalign.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
-    """Where training prompts come from, and how often each is used."""
+    """Where training prompts come from."""
 
     file: str | None = None  # any prompt file that `diffalign generate` reads
     split: Literal["train", "heldout", "hard"] | None = None  # or a prompt set of the shapes world
     limit: int | None = None  # only the first so many distinct prompts
     keep_duplicates: bool = False  # a prompt that is listed three times comes three times as often
-    weights: Mapping[str, float] = field(default_factory=dict)  # by value of `weigh_by`; 1 where none is given
-    weigh_by: str = "tag"  # name in a prompt's metadata
 
     def __post_init__(self) -> None:
         if (self.file is None) == (self.split is None):
-            both = "neither" if self.file is None else "both"
-            raise ConfigError(f"prompts has {both} of file and split. Give one of them.")
+            given = "no prompts" if self.file is None else "both prompts and split"
+            raise ConfigError(f"the job has {given}. Give prompts, a file, or split, a prompt set of the shapes world.")
         if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"prompts.limit is {self.limit}, but training needs at least 1 prompt.")
-        for value, weight in self.weights.items():
-            if not 0 <= weight < float("inf"):
-                raise ConfigError(f"prompts.weights.{value} is {weight}, but a weight is a number of 0 or more.")
+            raise ConfigError(f"limit is {self.limit}, but training needs at least 1 prompt.")
 
 
 def read(config: PromptsConfig) -> list[Case]:
@@ -68,29 +63,29 @@ def merged(cases: Sequence[Case], *, where: str = "the prompts") -> list[Case]:
     if len(found) < len(cases):
         warnings.warn(
             f"'{where}' lists {len(cases) - len(found)} of {len(cases)} prompts again; {len(found)} distinct ones are "
-            "used, each equally often. Set keep_duplicates to use a prompt as often as it is listed.",
+            "used, each equally often.",
             stacklevel=3,
         )
     return list(found.values())
 
 
-def weights_of(cases: Sequence[Case], config: PromptsConfig) -> list[float] | None:
-    """The weight of each case by its metadata, None where all are alike."""
-    if not config.weights:
+def weights_of(cases: Sequence[Case], weights: Mapping[str, float], by: str) -> list[float] | None:
+    """The weight of each case by its value of `by` in the metadata, 1 where none is given; None where all are alike."""
+    if not weights:
         return None
-    values = Counter(str(case.metadata.get(config.weigh_by)) for case in cases)
-    for name in config.weights:
+    values = Counter(str(case.metadata.get(by)) for case in cases)
+    for name in weights:
         if name not in values:
             near = get_close_matches(name, list(values), n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise ConfigError(
-                f"prompts.weights names '{name}', but no prompt has it as {config.weigh_by}.{hint} "
+                f"prompt_weights names '{name}', but no prompt has it as {by}.{hint} "
                 f"Known: {', '.join(sorted(values))}."
             )
-    weights = [float(config.weights.get(str(case.metadata.get(config.weigh_by)), 1.0)) for case in cases]
-    if not any(weights):
-        raise ConfigError("prompts.weights gives every prompt the weight 0. Leave one of them above 0.")
-    return weights
+    found = [float(weights.get(str(case.metadata.get(by)), 1.0)) for case in cases]
+    if not any(found):
+        raise ConfigError("prompt_weights gives every prompt the weight 0. Leave one of them above 0.")
+    return found
 
 
 class PromptSampler:

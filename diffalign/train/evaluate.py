@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def evaluate(job: Job, step: int, training: Mapping[str, float]) -> Evaluation:
     found = {name: torch.cat(column) for name, column in columns.items()}
     found["media"] = (pixels * 255).round().to(torch.uint8)
     whole = _all(job, found)
+    if step == 0:
+        _require_judged(job, whole)
     features = whole.get("features")
     return Evaluation(
         step=step,
@@ -70,6 +73,18 @@ def evaluate(job: Job, step: int, training: Mapping[str, float]) -> Evaluation:
         kl=job.from_main(divergence(job)),
         training=dict(training),
     )
+
+
+def _require_judged(job: Job, whole: Mapping[str, Tensor]) -> None:
+    """Say which rewards that only watch can judge nothing here."""
+    told = {"truth": "truth", **{f"panel {name}": f"panel member {name}" for name, _ in job.panel}}
+    for column, name in told.items():
+        if job.main and column in whole and bool(whole[column].isnan().all()):
+            warnings.warn(
+                f"the {name} judges none of the {len(whole[column])} evaluation pictures, so it tells nothing. Leave "
+                "it out, or evaluate on prompts that it can judge.",
+                stacklevel=2,
+            )
 
 
 def draw(job: Job, cases: Sequence[Case]) -> Tensor:

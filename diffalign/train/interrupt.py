@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+ASKED = "asked to stop"  # why a run that heard the first signal ended
 ECHO = 5.0  # seconds within which a launcher repeats to its processes a Ctrl-C that they have heard themselves
 
 

@@ -21,10 +21,11 @@ from diffalign.clip_tower import ClipTower
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError, DiffalignError
 from diffalign.memory import Memory
+from diffalign.noise import Levels
 from diffalign.scoring import Reward
 from diffalign.train.adapters import Trained
 from diffalign.train.advantage import combined
-from diffalign.train.data import PromptSampler
+from diffalign.train.data import PromptSampler, weights_of
 from diffalign.train.settings import TrainConfig
 
 PER_STEP = "train"  # the stream that names the seeds of a step's images
@@ -103,7 +104,8 @@ class Job:
 
     @cached_property
     def sampler(self) -> PromptSampler:
-        return PromptSampler(self.prompts, seed=self.seed)
+        weights = weights_of(self.prompts, self.config.prompt_weights, self.config.weigh_by)
+        return PromptSampler(self.prompts, seed=self.seed, weights=weights)
 
     def groups_of(self, rank: int) -> list[int]:
         """The groups of a process: its share of what each update learns from, so that updates learn from the same
@@ -145,6 +147,16 @@ class Job:
         driver = Driver(self.pipe, [self.prompts[0]], budget=self.budget, memory=self.memory, **self.call)
         driver.start()
         return driver
+
+    @property
+    def levels(self) -> Levels:
+        """The noise levels of the sampler that trains."""
+        return self._first.levels
+
+    @property
+    def length(self) -> int:
+        """Steps of a walk."""
+        return self._first.length
 
     # rewards
 
@@ -234,17 +246,10 @@ def rate(reward: Reward, media: Tensor, cases: Sequence[Case]) -> Tensor:
         return scoring.score(reward, media, cases, all_invalid=True).total.cpu()
     except ConfigError:
         raise
-    except Exception as whole:
-        if scoring.is_listwise(reward) or len(cases) == 1:
-            return _lost(reward, len(cases), whole)
-        return torch.cat([_alone(reward, media[k : k + 1], [case]) for k, case in enumerate(cases)])
-
-
-def _alone(reward: Reward, media: Tensor, cases: Sequence[Case]) -> Tensor:
-    try:
-        return scoring.score(reward, media, cases, all_invalid=True).total.cpu()
     except Exception as error:
-        return _lost(reward, 1, error)
+        if scoring.is_listwise(reward) or len(cases) == 1:
+            return _lost(reward, len(cases), error)
+        return torch.cat([rate(reward, media[k : k + 1], [case]) for k, case in enumerate(cases)])
 
 
 def _lost(reward: Reward, rows: int, error: Exception) -> Tensor:

@@ -74,7 +74,7 @@ class Loop:
                 due = self.step % config.evaluate.every == 0 or self.step == config.steps
                 told = self.job.mean({"asked": float(self.stopping), "late": float(self._late())})
                 asked, late = told["asked"] > 0, told["late"] > 0
-                self.ended = "asked to stop" if asked else "the time is over" if late else ""
+                self.ended = interrupt.ASKED if asked else "the time is over" if late else ""
                 if due or late:
                     self._judge(show, row)
                 else:

@@ -74,14 +74,10 @@ class PolicyGradient:
         rows = len(job.group_ids)
         zeros = torch.zeros(rows, len(job.members))
         self.compare(job, 0, zeros, torch.zeros(rows, 2) if stepwise else None, Hardness(delta=torch.zeros(rows)))
-        driver = job.driver(job.prompts[:1])
         self.noise(job, 0)
-        kernel = self.kernel_name(driver.levels.prediction)
-        if kernel == "flow_sde" and driver.levels.prediction != "flow":
-            raise SeamError(
-                f"noise.kernel is flow_sde, but {type(job.pipe).__name__} predicts {driver.levels.prediction}. "
-                "Use ddim."
-            )
+        prediction = job.levels.prediction
+        if self.kernel_name(prediction) == "flow_sde" and prediction != "flow":
+            raise SeamError(f"noise.kernel is flow_sde, but {type(job.pipe).__name__} predicts {prediction}. Use ddim.")
 
     def rehearse(self, job: Job) -> Rehearsal:
         """Try a micro-batch of the first step."""
@@ -104,9 +100,8 @@ class PolicyGradient:
 
     def noise(self, job: Job, step: int) -> tuple[Kernel, range]:
         """The kernel of a step's walks and the steps that train: those with noise, one after the other."""
-        driver = job.driver(job.prompts[:1])
-        shares = noise_levels(step, driver.length, self.config.noise, seed=job.seed)
-        make = noise.KERNELS[self.kernel_name(driver.levels.prediction)]
+        shares = noise_levels(step, job.length, self.config.noise, seed=job.seed)
+        make = noise.KERNELS[self.kernel_name(job.levels.prediction)]
         made = {share: make(share) for share in set(shares)}
         noisy = [i for i, share in enumerate(shares) if share > 0]
         return noise.stepwise([made[share] for share in shares]), range(noisy[0], noisy[-1] + 1)

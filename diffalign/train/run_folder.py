@@ -6,7 +6,6 @@ OUT holds config.yaml (resolved), metrics.jsonl, timing.jsonl, checkpoints/step-
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import socket
@@ -123,7 +122,7 @@ class Lines:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a line; OutputError where the disk is full, and the lines before stay."""
-        line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(atomic.finite(row), ensure_ascii=False, allow_nan=False) + "\n"
         try:
             with self.path.open("ab") as file:
                 file.write(line.encode())
@@ -263,14 +262,3 @@ def _flat(value: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = "(not set)" if value is ... else str(value) if not isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _finite(value: Any) -> Any:
-    """Plain JSON: one-element tensors and arrays as numbers, null where a number is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if not isinstance(value, bool | int | float | str) and hasattr(value, "item"):
-        return _finite(value.item())
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from diffalign.errors import ConfigError
@@ -81,6 +81,8 @@ class TrainConfig:
     prompts: str | None = None  # file of training prompts
     split: Literal["train", "heldout", "hard"] | None = None  # or a prompt set of the shapes world
     limit: int | None = None  # use only so many prompts
+    prompt_weights: dict[str, float] = field(default_factory=dict)  # how often, by value of `weigh_by`; 1 where none is
+    weigh_by: str = "tag"  # name in a prompt's metadata
     steps: int = 300  # rollouts; each is followed by `updates` optimiser steps
     minutes: float | None = None  # end after the step during which so much time has passed, resumed parts included
     groups: int = 12  # prompts in a step, over all processes
@@ -120,10 +122,22 @@ class TrainConfig:
                 f"checkpoint_every is {self.checkpoint_every}, but it counts steps from 1. Leave it out for a "
                 "checkpoint at every evaluation."
             )
+        for value, weight in self.prompt_weights.items():
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"prompt_weights.{value} is {weight}, but a weight is a number of 0 or more.")
+        if self.watch.kl_ceiling is not None and not self.evaluate.kl_prompts:
+            raise ConfigError(
+                "watch.kl_ceiling is set and evaluate.kl_prompts is 0, so no divergence is measured. Use kl_prompts 8."
+            )
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}, but the share of the average that is kept lies in [0, 1).")
         if not 0 < self.invalid_limit <= 1:
             raise ConfigError(f"invalid_limit is {self.invalid_limit}, but a share of images lies in (0, 1].")
+
+    @classmethod
+    def of(cls, told: Any) -> TrainConfig:
+        """The settings of a job out of something that has more of them, such as its command."""
+        return cls(**{each.name: getattr(told, each.name) for each in fields(cls)})
 
     @property
     def images(self) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -66,9 +66,9 @@ class WatchConfig:
             raise ConfigError(f"watch.patience is {self.patience}, but an alarm needs at least 1 evaluation.")
         if not 0 < self.diversity_floor < 1:
             raise ConfigError(f"watch.diversity_floor is {self.diversity_floor}, but it is a share between 0 and 1.")
-        limits = ("at_once", "shift", "errors", "outside", "panel_drop", "invalid", "ratio", "clipped", "zero_spread")
-        for name in (*limits, "gradient"):
-            if not getattr(self, name) > 0:
+        free = ("action", "read", "read_truth", "patience", "least_transfer", "most_gap", "diversity_floor")
+        for name in (each.name for each in fields(self) if each.name not in free):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(
                     f"watch.{name} is {getattr(self, name)}, but a limit lies above 0. Leave rules out with watch.read."
                 )

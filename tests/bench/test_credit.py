@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from scipy import stats
 
+from diffalign import atomic
 from diffalign.bench import credit, credit_gradients
-from diffalign.bench.credit_gradients import cosine, gradients, jackknife, ratio, signal, step_weights
+from diffalign.bench.credit_gradients import cosine, gradients, jackknife, ratio, signal
 from diffalign.bench.credit_methods import Method, Methods, against_siblings
 from diffalign.bench.credit_oracle import (
     OracleConfig,
@@ -115,9 +116,12 @@ def test_a_method_has_the_gradient_that_a_training_step_has(weighting: str) -> N
             chosen.learn(found, micro, len(micro) / 6)
         trained = trained_gradients(found)
         A = torch.cat([micro.advantages for micro in micros])[None]
-        g, steps = gradients(found, micros, A, step_weights(micros[0], weighting)[None], "mean")
+        methods = Methods(all_methods(weighted={"objective": objective}), NOISE)
+        methods.walker.noise(found, 0)
+        weights = methods.step_weights(micros[0], weighting)
+        g, steps = gradients(found, micros, A, weights[None], "mean")
         torch.testing.assert_close(g[0], trained, rtol=1e-3, atol=1e-6 * float(trained.abs().max()) + 1e-9)
-        torch.testing.assert_close((step_weights(micros[0], weighting)[:, None] * steps).sum(0), g[0])
+        torch.testing.assert_close((weights[:, None] * steps).sum(0), g[0])
 
 
 def test_orthogonal_gradients_have_no_signal_and_equal_ones_no_noise() -> None:
@@ -180,7 +184,7 @@ def test_images_without_a_reward_count_nowhere_and_survive_the_row(tmp_path: Pat
     ):
         methods = Methods(told.methods, told.noise)
         row, tensors = credit.measure(found, methods, told, 0)
-    again = json.loads(json.dumps(credit.plain(row), allow_nan=False))
+    again = json.loads(json.dumps(atomic.finite(row), allow_nan=False))
     assert again["rewards"][2] is None
     assert credit.tensor(again["rewards"]).isnan().tolist() == [False, False, True, False]
     assert again["A"]["flow_grpo"][2] == [0.0] * (STEPS - 1)

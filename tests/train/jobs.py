@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign.cases import Case
-from diffalign.train import adapters, preflight, start
+from diffalign.train import adapters, opening, preflight
 from diffalign.train.job import Job
 from diffalign.train.objective import make
 from diffalign.train.settings import TrainConfig
@@ -107,7 +107,7 @@ def job(
         seed=seed,
     )
     try:
-        with start._dressed(found):
+        with opening.dressed(found):
             chosen = make(objective)
             preflight.check(found, chosen)
             yield found, chosen

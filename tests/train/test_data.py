@@ -14,6 +14,7 @@ from PIL import Image
 from diffalign.cases import Case
 from diffalign.errors import ConfigError
 from diffalign.train.data import PromptSampler, PromptsConfig, merged, read, shared_prompts, weights_of
+from diffalign.train.settings import TrainConfig
 
 
 def cases(count: int) -> list[Case]:
@@ -66,11 +67,10 @@ def test_images_are_numbered_prompt_by_prompt_and_each_owns_its_seed() -> None:
 
 def test_weights_are_the_shares_of_draws_and_zero_is_never_drawn() -> None:
     given = cases(40)
-    config = PromptsConfig(split="train", weights={"odd": 3.0})
-    sampler = PromptSampler(given, 0, weights_of(given, config))
+    sampler = PromptSampler(given, 0, weights_of(given, {"odd": 3.0}, "tag"))
     drawn = Counter(given[k].metadata["tag"] for step in range(3000) for k in sampler.at(step, 2))
     assert drawn["odd"] / 6000 == pytest.approx(0.75, abs=0.025)  # 4 standard errors and the second draw's bias
-    never = PromptSampler(given, 0, weights_of(given, PromptsConfig(split="train", weights={"odd": 0})))
+    never = PromptSampler(given, 0, weights_of(given, {"odd": 0}, "tag"))
     steps = [never.at(step, 20) for step in range(20)]
     assert all(sorted(step) == list(range(0, 40, 2)) for step in steps)
     assert never.at(3, 20) == steps[3]
@@ -82,13 +82,13 @@ def test_weights_are_the_shares_of_draws_and_zero_is_never_drawn() -> None:
 )
 def test_weights_that_mean_nothing_are_refused(weights: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        weights_of(cases(4), PromptsConfig(split="train", weights=weights))
+        weights_of(cases(4), weights, "tag")
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_is_a_number_of_zero_or_more(weight: float) -> None:
     with pytest.raises(ConfigError, match="0 or more"):
-        PromptsConfig(split="train", weights={"odd": weight})
+        TrainConfig(prompt_weights={"odd": weight})
 
 
 def test_duplicates_are_merged_and_counted_unless_they_are_kept(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_with_psi_of_the_flow_sde_the_walks_are_flow_grpos_to_the_bit(window: di
         with jobs.job("sd3", {objective: told}, call=call, **outer) as (job, chosen):
             jobs.touched(job)
             if objective == "dense_grpo":
-                levels = job.driver(job.prompts[:1]).levels
+                levels = job.levels
                 chosen.restore({"psi": [noise.flow_diffusion(levels, i, 0.7) for i in range(5)]})
             found.append(chosen.sampled(job, 0, job.cases_of(0))[0])
     for flow, ours in zip(*found, strict=True):
@@ -261,7 +261,7 @@ def test_a_calibration_has_settled_when_every_step_stays_within_one_change() -> 
 def test_a_calibration_starts_from_the_flow_sde_and_ends_on_the_mean_of_its_last_two() -> None:
     told = {"enabled": True, "rounds": 20, "settled": 4}
     with dense(calibrate=told, noise={"high": 2}, steps=5) as (job, chosen):
-        start = [noise.flow_diffusion(job.driver(job.prompts[:1]).levels, i, 0.7) for i in range(2)]
+        start = [noise.flow_diffusion(job.levels, i, 0.7) for i in range(2)]
         assert min(start) > chosen.config.calibrate.cap  # which must not throw psi back at once
         seen: list[list[float]] = []
 

@@ -12,10 +12,12 @@ from diffalign import config
 from diffalign.errors import ConfigError, UnknownName
 from diffalign.snapshot import differences, snapshot
 from diffalign.train import data
-from diffalign.train.settings import EvaluateConfig, OptimConfig
+from diffalign.train.settings import EvaluateConfig, OptimConfig, TrainConfig
 from diffalign.train.start import train
+from diffalign.train.watch import WatchConfig
 from tests.tiny import build
-from tests.train.tiny_runs import CALL, FAKES, pipeline, settings
+from tests.train import jobs
+from tests.train.tiny_runs import CALL, FAKES, pipeline, run, settings
 
 
 @pytest.mark.parametrize(
@@ -80,3 +82,23 @@ def test_an_optimiser_that_cannot_be_is_refused_with_its_settings(wrong):
 def test_counts_of_an_evaluation_are_counts(wrong):
     with pytest.raises(ConfigError, match="at least"):
         EvaluateConfig(**wrong)
+
+
+def test_a_ceiling_needs_the_divergence_that_it_is_for():
+    with pytest.raises(ConfigError, match="no divergence is measured"):
+        TrainConfig(watch=WatchConfig(kl_ceiling=5.0), evaluate=EvaluateConfig(kl_prompts=0))
+
+
+def test_prompts_are_used_as_often_as_their_kind_weighs(tmp_path: Path):
+    kinds = tmp_path / "kinds.jsonl"
+    kinds.write_text("".join(json.dumps({"prompt": f"cube {k}", "tag": "ab"[k % 2]}) + "\n" for k in range(8)))
+    with jobs.job("sd3", prompts=[f"cube {k}" for k in range(8)], tags="ab" * 4, prompt_weights={"a": 0}) as (found, _):
+        assert {case.metadata["tag"] for step in range(4) for case in found.cases_of(step)} == {"b"}
+    with pytest.raises(ConfigError, match="prompt_weights names 'c'"):
+        run(tmp_path, prompts=str(kinds), prompt_weights={"c": 2.0})
+
+
+def test_a_judge_of_none_of_the_pictures_is_told(tmp_path: Path):
+    nobody = {"judge": {"reward": f"{FAKES}:fails", "one_in": 1}}
+    with pytest.warns(UserWarning, match="panel member judge judges none of the 4 evaluation pictures"):
+        run(tmp_path, panel=nobody, steps=1, preflight=False)

@@ -175,7 +175,7 @@ def test_a_failed_leaf_does_not_dilute_the_fused_advantage_of_its_parent() -> No
 def test_tempflow_weighs_a_layer_as_its_step_wherever_the_window_is() -> None:
     moving = {"window": 1, "rule": "progressive", "every": 1, "low": 1}
     with trees(window=1, steps=5, noise=moving, credit={"weighting": "tempflow"}) as (job, chosen):
-        sigma = job.driver(job.prompts[:1]).levels.sigma
+        sigma = job.levels.sigma
         nu = [0.7 * math.sqrt(float(s / (1 - s) * (s - after))) for s, after in itertools.pairwise(sigma[1:5])]
         for step in range(3):  # which is where the window is, from step 1 of the chain on
             grove = chosen.collect(job, step).micros[0]
@@ -294,6 +294,8 @@ def test_jobs_that_do_not_fit_are_refused(settings: dict[str, Any], said: str) -
         ({"noise": {"window": 0}}, "noise.window is 0"),
         ({"alpha": 2.0}, "alpha is 2.0"),
         ({"same_start": True}, "same_start belongs"),
+        ({"advantage": "fused", "alpha": 0.5}, "belong to advantage: sibling"),
+        ({"advantage": "depth", "scale": False}, "belong to advantage: sibling"),
         ({"credit": {"similarity": "coca"}}, "credits its steps by what grows"),
     ],
 )

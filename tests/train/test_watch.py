@@ -348,6 +348,8 @@ def test_an_evaluation_that_cannot_be_compared_is_refused(change: dict[str, Any]
         ({"patience": 0}, "watch.patience is 0"),
         ({"shift": 0.0}, "watch.shift is 0.0"),
         ({"diversity_floor": 1.0}, "watch.diversity_floor is 1.0"),
+        ({"kl_ceiling": 0.0}, "watch.kl_ceiling is 0.0"),
+        ({"panel_errors": math.nan}, "watch.panel_errors is nan"),
     ],
 )
 def test_a_config_that_means_nothing_is_refused(setting: dict[str, Any], says: str) -> None:

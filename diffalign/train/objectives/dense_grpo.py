@@ -119,7 +119,7 @@ class DenseGRPO(FlowGRPO):
         super().check(job)
         if not self.config.calibrate.enabled:
             return
-        prediction = job.driver(job.prompts[:1]).levels.prediction
+        prediction = job.levels.prediction
         if prediction != "flow":
             raise ConfigError("calibrate is on, but psi is the noise of a flow model's steps. Leave it off here.")
         if (kernel := self.kernel_name(prediction)) != "flow_sde":
@@ -139,14 +139,14 @@ class DenseGRPO(FlowGRPO):
         kernel, trained = super().noise(job, step)
         if not self.psi:
             return kernel, trained
-        sigma = job.driver(job.prompts[:1]).levels.sigma.tolist()
+        sigma = job.levels.sigma.tolist()
         found = [p * math.sqrt(a - b) for p, (a, b) in zip(self.psi, pairwise(sigma), strict=True) if p > 0]
         self.spread = math.fsum(found) / max(len(found), 1)
         return noise.diffused([p if i in trained else 0.0 for i, p in enumerate(self.psi)]), trained
 
     def still(self, job: Job) -> Kernel:
         """The deterministic sampler that completes: that of the walks, without noise."""
-        return noise.KERNELS[self.kernel_name(job.driver(job.prompts[:1]).levels.prediction)](0.0)
+        return noise.KERNELS[self.kernel_name(job.levels.prediction)](0.0)
 
     def step_rewards(self, job: Job, rollouts: Sequence[Rollout], rewards: Tensor) -> Tensor:
         """Rewards (n, S) of the trained steps: what each adds to the completed image."""
@@ -181,9 +181,9 @@ class DenseGRPO(FlowGRPO):
         """Find psi before the first step, then leave it."""
         if not self.config.calibrate.enabled:
             return
-        told, driver = self.config.calibrate, job.driver(job.prompts[:1])
-        shares = noise_levels(0, driver.length, everywhere(self.config.noise))
-        psi = [noise.flow_diffusion(driver.levels, i, share) if share else 0.0 for i, share in enumerate(shares)]
+        told = self.config.calibrate
+        shares = noise_levels(0, job.length, everywhere(self.config.noise))
+        psi = [noise.flow_diffusion(job.levels, i, share) if share else 0.0 for i, share in enumerate(shares)]
         where, history = [i for i, p in enumerate(psi) if p > 0], []
         told = replace(told, floor=min(told.floor, *(psi[i] for i in where)), cap=max(told.cap, *psi))
         for k in range(told.rounds):

@@ -107,7 +107,7 @@ class FlowGRPO(PolicyGradient):
 
     def check(self, job: Job) -> None:
         super().check(job)
-        prediction = job.driver(job.prompts[:1]).levels.prediction
+        prediction = job.levels.prediction
         if self.config.credit.weighting == "ratio_norm" and prediction != "flow":
             raise ConfigError(
                 f"credit.weighting is ratio_norm, which divides by steps of a flow's noise level, but this model "
@@ -116,9 +116,9 @@ class FlowGRPO(PolicyGradient):
 
     def noise(self, job: Job, step: int) -> tuple[Kernel, range]:
         """Kernel and window, with a note of how much noise there is on average wherever the window may be."""
-        driver, zero = job.driver(job.prompts[:1]), torch.zeros(1, 1)
-        levels, make = driver.levels, noise.KERNELS[self.kernel_name(driver.levels.prediction)]
-        shares = noise_levels(step, driver.length, everywhere(self.config.noise))
+        levels, zero = job.levels, torch.zeros(1, 1)
+        make = noise.KERNELS[self.kernel_name(levels.prediction)]
+        shares = noise_levels(step, job.length, everywhere(self.config.noise))
         found = [make(share)(levels, zero, zero, i).std for i, share in enumerate(shares) if share > 0]
         self.spread = math.fsum(found) / len(found)
         return super().noise(job, step)

@@ -62,6 +62,8 @@ class TreeGRPOConfig(FlowGRPOConfig):
                 "credit has similarity, phases or ratio_norm, but a tree credits its steps by what grows from them. "
                 "Leave them out; weighting: tempflow is fine."
             )
+        if self.advantage != "sibling" and (self.alpha != 1 or not self.scale):
+            raise ConfigError(f"alpha and scale belong to advantage: sibling, and this job has {self.advantage}.")
         if self.same_start:
             raise ConfigError("same_start belongs to walks side by side; a tree has one start per root already.")
 
