@@ -30,7 +30,7 @@ class ModelVerb(Verb):
     attention: Annotated[
         str | None, Opt("Attention backend: native, xformers, flash, sage ...; checked to take effect.")
     ] = None
-    lora: Annotated[str | None, Opt("LoRA over the model: a folder, a .safetensors file, or a hub id.")] = None
+    lora: Annotated[str | None, Opt("What a training saved, or a LoRA: a folder, a .safetensors file, or a hub id.")] = None
     call: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's call, over the model's card
 
     @property
@@ -130,9 +130,13 @@ class PromptVerb(ModelVerb):
 def _load_lora(pipe: Any, place: str) -> None:
     from pathlib import Path
 
+    file = Path(place)
+    if (file / "adapter.json").is_file():  # a training's, which says how to load it
+        from diffalign.train import adapter_files
+
+        return adapter_files.load(pipe, file)
     if not hasattr(pipe, "load_lora_weights"):
         raise ConfigError(f"{type(pipe).__name__} takes no LoRA. Leave --lora out, or fine-tune another model.")
-    file = Path(place)
     where: dict[str, Any] = {"weight_name": file.name} if file.is_file() else {}
     try:
         pipe.load_lora_weights(str(file.parent) if file.is_file() else place, use_safetensors=True, **where)

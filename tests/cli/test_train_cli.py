@@ -88,8 +88,9 @@ def test_other_settings_are_refused_on_resume_with_exit_code_2(job: Path, capsys
     assert main(["train", "job.yaml", "--steps", "2", "--out", "a", "groups=4", "--force"]) == 0
 
 
-def test_generate_with_the_result_draws_what_the_tuned_model_drew(job: Path):
-    assert main(["train", "job.yaml", "--out", "a"]) == 0
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_generate_with_the_result_draws_what_the_tuned_model_drew(job: Path, kind: str):
+    assert main(["train", "job.yaml", "--out", "a", f"adapter.kind={kind}"]) == 0
     drawn = [json.loads(line) for line in (job / "a/samples/step-3/results.jsonl").read_text().splitlines()]
     asked = "".join(json.dumps({"prompt": row["prompt"], "seed": row["seed"]}) + "\n" for row in drawn)
     (job / "again.jsonl").write_text(asked)

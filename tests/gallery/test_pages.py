@@ -267,7 +267,10 @@ def test_a_training_run_shows_its_samples_over_steps_and_its_curves(tmp_path: Pa
         row = {"prompt": "x", "file": "0.png", "reward": step / 100, "inputs": {"source": "source.png"}}
         row |= {"instruction": "make it red", "checks": [{"name": "red", "passed": True, "note": ""}]}
         (folder / "results.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    rows = [{"step": 20, "proxy": 0.2, "truth": 0.5, "loss": 1}, {"step": 100, "proxy": 1.0, "truth": None}]
+    rows = [
+        {"step": 20, "proxy": 0.2, "truth": 0.5, "loss": 1, "heldout": 0.0, "diversity": 1.0},
+        {"step": 100, "proxy": 1.0, "truth": None, "heldout": -0.5, "diversity": 0.7},
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     made = written(tmp_path / "page", read_side(run))
     (entry,) = made["entries"]
@@ -277,9 +280,13 @@ def test_a_training_run_shows_its_samples_over_steps_and_its_curves(tmp_path: Pa
     assert entry["instruction"] == "make it red"
     assert entry["inputs"]["source"]["width"] == 16
     assert shot["checks"][0]["passed"] is True
-    (curve,) = made["curves"]
-    series = {each["name"]: (each["x"], each["y"]) for each in curve["series"]}
-    assert series == {"proxy": ([20, 100], [0.2, 1.0]), "truth": ([20], [0.5])}
+    charts = [{each["name"]: (each["x"], each["y"]) for each in chart["series"]} for chart in made["curves"]]
+    assert charts == [  # figures of one unit each
+        {"proxy": ([20, 100], [0.2, 1.0]), "truth": ([20], [0.5])},
+        {"heldout": ([20, 100], [0.0, -0.5])},
+        {"diversity": ([20, 100], [1.0, 0.7])},
+    ]
+    assert len({chart["y"] for chart in made["curves"]}) == 3
     (tmp_path / "new" / "samples").mkdir(parents=True)
     with pytest.raises(ConfigError, match="without samples"):
         read_side(tmp_path / "new")
