@@ -51,7 +51,10 @@ def tiny(name: str, tmp_path: Path, **asked: Any) -> tuple[dict[str, Any], list[
     settings = {f.name: getattr(job, f.name) for f in dataclasses.fields(TrainConfig)}
     look = dataclasses.replace(job.evaluate, prompts=None, split=None, limit=3, kl_prompts=2)
     settings |= TINY | {"prompts": str(tmp_path / "prompts.txt"), "evaluate": look}
-    high = make(job.objective).config.noise.high  # type: ignore[attr-defined]
+    objective: Any = make(job.objective).config  # type: ignore[attr-defined]
+    high = objective.noise.high
+    if leaves := getattr(objective, "leaves", 0):
+        settings |= {"group_size": leaves, "micro_batch": leaves}
     small = {"height": 16, "width": 16, "max_sequence_length": 8}
     call = {k: small.get(k, v) for k, v in job.pipeline_call().items()} | {"num_inference_steps": 4}
     settings["sampling"] = job.sampling | {"num_inference_steps": max(5, (high or 0) + 1)}
