@@ -30,7 +30,7 @@ class ModelVerb(Verb):
     attention: Annotated[
         str | None, Opt("Attention backend: native, xformers, flash, sage ...; checked to take effect.")
     ] = None
-    lora: Annotated[str | None, Opt("What a training saved, or a LoRA: a folder, a .safetensors file, or a hub id.")] = None
+    lora: Annotated[str | None, Opt("What a training saved, or a LoRA: folder, .safetensors file, hub id.")] = None
     call: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's call, over the model's card
 
     @property
