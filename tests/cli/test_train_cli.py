@@ -123,6 +123,7 @@ def test_ctrl_c_has_exit_code_130_and_the_same_command_goes_on(job: Path, capsys
     assert json.loads((job / "a/summary.json").read_text())["ended"] == "all steps done"
 
 
+@pytest.mark.slow
 def test_a_real_process_that_is_killed_goes_on_to_the_same_bytes(job: Path):
     """One run through the interpreter, killed with -9 as soon as a checkpoint stands."""
     words = [sys.executable, "-m", "diffalign", "train", "job.yaml", "--steps", "3"]

@@ -19,7 +19,11 @@ ROOT = Path(__file__).parents[2]
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-@pytest.mark.parametrize("adapter", [{"kind": "full"}, {"kind": "lora", "rank": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "adapter",
+    [pytest.param({"kind": "full"}, marks=pytest.mark.slow), {"kind": "lora", "rank": 2}],
+    ids=["full", "lora"],
+)
 def test_sharded_weights_learn_and_are_saved_as_whole_ones(adapter: dict[str, Any], tmp_path: Path) -> None:
     asked = {**EXACT, "adapter": adapter, "objective": {"flow_grpo": {"noise": {"level": 0.7}, "beta": 0.01}}}
     assert forked(lambda: run(tmp_path, "one", **asked)) == 0
