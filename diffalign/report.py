@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,13 +48,13 @@ class Report:
         return {
             "method": self.method,
             "reward": self.reward,
-            "scores": _plain(self.scores.total),
-            "parts": {name: _plain(part) for name, part in self.scores.parts.items()},
+            "scores": atomic.finite(self.scores.total),
+            "parts": {name: atomic.finite(part) for name, part in self.scores.parts.items()},
             "invalid": self.invalid,
             "best": self.best.tolist(),
             "seeds": self.seeds,
             "budget": dict(self.budget),
-            "curve": _plain(torch.tensor(self.curve, dtype=torch.float64)),
+            "curve": atomic.finite(torch.tensor(self.curve, dtype=torch.float64)),
             "card": dict(self.card),
         }
 
@@ -113,7 +112,3 @@ class SearchReport(Report):
 
     def json(self) -> dict[str, Any]:
         return super().json() | {"counts": self.counts, "extras": atomic.finite(self.extras), "notes": self.notes}
-
-
-def _plain(values: Tensor) -> list[list[float | None]]:
-    return [[v if math.isfinite(v) else None for v in row] for row in values.tolist()]

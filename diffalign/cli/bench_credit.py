@@ -108,5 +108,5 @@ class Credit(ModelVerb):
             influence.plot(credit.tensor(rows).flatten(0, 1), folder / "influence.png")
         print(text, end="")
         print(f"rows, table and plot are in {folder}")
-        told_as: dict[str, Any] = atomic.finite(figures)
-        return told_as
+        plain: dict[str, Any] = atomic.finite(figures)
+        return plain

@@ -130,10 +130,10 @@ class PromptVerb(ModelVerb):
 def _load_lora(pipe: Any, place: str) -> None:
     from pathlib import Path
 
-    file = Path(place)
-    if (file / "adapter.json").is_file():  # a training's, which says how to load it
-        from diffalign.train import adapter_files
+    from diffalign.train import adapter_files
 
+    file = Path(place)
+    if (file / adapter_files.NOTE).is_file():  # a training's, which says how to load it
         return adapter_files.load(pipe, file)
     if not hasattr(pipe, "load_lora_weights"):
         raise ConfigError(f"{type(pipe).__name__} takes no LoRA. Leave --lora out, or fine-tune another model.")

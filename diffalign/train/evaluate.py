@@ -59,7 +59,7 @@ def evaluate(job: Job, step: int, training: Mapping[str, float]) -> Evaluation:
     found["media"] = (pixels * 255).round().to(torch.uint8)
     whole = _all(job, found)
     if step == 0:
-        _require_judged(job, whole)
+        _tell_unjudged(job, whole)
     features = whole.get("features")
     return Evaluation(
         step=step,
@@ -75,7 +75,7 @@ def evaluate(job: Job, step: int, training: Mapping[str, float]) -> Evaluation:
     )
 
 
-def _require_judged(job: Job, whole: Mapping[str, Tensor]) -> None:
+def _tell_unjudged(job: Job, whole: Mapping[str, Tensor]) -> None:
     """Say which rewards that only watch can judge nothing here."""
     told = {"truth": "truth", **{f"panel {name}": f"panel member {name}" for name, _ in job.panel}}
     for column, name in told.items():
