@@ -80,6 +80,19 @@ class Levels:
             return prediction.float()
         return self.epsilon(x, prediction, i) - self.denoised(x, prediction, i)
 
+    def target(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        """What a perfect model predicts at level i where x0 (B, ...) was carried there with `noise`, float32."""
+        x0, noise = x0.float(), noise.float()
+        if self.prediction == "sample":
+            return x0
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "flow":
+            return noise - x0
+        alpha, sine = float(self.alpha[i]), float(self.sigma[i]) / self.unit
+        scale = math.hypot(alpha, sine)
+        return (alpha * self.unit * noise - sine * x0) / scale
+
     def noised(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
         """x0 (B, ...) carried to level i with `noise`, in the latents' own dtype."""
         alpha, sigma = self.at(i)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,47 @@ def warm_up(step: int, decay: float) -> float:
     return min((1 + step) / (10 + step), decay)
 
 
-class Ema:
+class Averages:
+    """Other values of some weights, float32, that follow them and can take their place for a block.
+
+    Of a LoRA these are its factors, so that a model of an earlier moment costs an adapter and no second model.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._weights = dict(named)
+        self._averages = {name: _copy(weight) for name, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """avg <- decay avg + (1 - decay) weights."""
+        for name, average in self._averages.items():
+            average.lerp_(self._weights[name].detach().to(average), 1 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Run a block with the averages in the model; the trained weights come back to the bit, whatever happens."""
+        kept = {name: held(weight) for name, weight in self._weights.items()}
+        try:
+            for name, weight in self._weights.items():
+                put(weight, self._averages[name].to(weight, copy=True))
+            yield
+        finally:
+            for name, weight in self._weights.items():
+                put(weight, kept[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages as whole copies."""
+        return {name: whole(average).clone() for name, average in self._averages.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over averages; names and shapes must be those of the weights."""
+        check_names(self._averages, state, "the averages")
+        for name, average in self._averages.items():
+            fill(average, state[name])
+
+
+class Ema(Averages):
     """avg <- d avg + (1 - d) weights, after every `every`-th optimiser step; steps are counted from 0.
 
     Until the first of these the average is only what training began with, and `swapped` leaves the weights as they are.
@@ -37,49 +77,31 @@ class Ema:
             raise ConfigError(f"ema.decay is {decay}, but an average needs 0 <= decay < 1; 0 copies the weights.")
         if every < 1:
             raise ConfigError(f"ema.every is {every}, but the average is updated every 1 or more steps.")
+        super().__init__(named)
         self.decay, self.every, self.rule = decay, every, rule
-        self._weights = dict(named)
-        self._averages = {name: _copy(weight) for name, weight in self._weights.items()}
         self.begun = False
 
-    @torch.no_grad()
     def update(self, step: int) -> bool:
         """Take in the weights that optimiser step `step` left; says whether this step was one that counts."""
         if (step + 1) % self.every:
             return False
-        decay = self.rule(step, self.decay)
-        for name, average in self._averages.items():
-            average.lerp_(self._weights[name].detach().to(average), 1 - decay)
+        self.follow(self.rule(step, self.decay))
         self.begun = True
         return True
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Run a block with the averages in the model; the trained weights come back to the bit, whatever happens."""
-        if not self.begun:
+        """As `Averages` has it, once there is an average."""
+        with super().swapped() if self.begun else nullcontext():
             yield
-            return
-        kept = {name: held(weight) for name, weight in self._weights.items()}
-        try:
-            for name, weight in self._weights.items():
-                put(weight, self._averages[name].to(weight, copy=True))
-            yield
-        finally:
-            for name, weight in self._weights.items():
-                put(weight, kept[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages, float32, as copies, and whether they have begun; the decay depends on the step alone."""
-        averages = {name: whole(average).clone() for name, average in self._averages.items()}
-        return averages | {BEGUN: torch.tensor(self.begun)}
+        """The averages, and whether they have begun; the decay depends on the step alone."""
+        return super().state_dict() | {BEGUN: torch.tensor(self.begun)}
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over averages; names and shapes must be those of the weights."""
-        averages = {name: average for name, average in state.items() if name != BEGUN}
-        check_names(self._averages, averages, "the averages")
-        for name, average in self._averages.items():
-            fill(average, averages[name])
+        super().load_state_dict({name: average for name, average in state.items() if name != BEGUN})
         self.begun = bool(state.get(BEGUN, True))
 
 

@@ -100,6 +100,12 @@ class Job:
         found: torch.device = self.accelerator.device
         return found
 
+    @property
+    def updates_each(self) -> int:
+        """Optimiser steps of a rollout."""
+        micros = -(-self.config.images // self.processes // self.config.micro_batch)
+        return min(self.config.updates, micros) * self.config.passes
+
     # cases
 
     @cached_property
@@ -137,14 +143,26 @@ class Job:
         """What the pipeline computed before its loop from equal prompts, shared by all drivers of this job."""
         return Memory()
 
-    def driver(self, cases: Sequence[Case]) -> Driver:
-        """The pipeline as a denoiser for these cases, with the arguments of training."""
-        return self._first.asked(cases, **self.call)
+    def driver(self, cases: Sequence[Case], **changed: Any) -> Driver:
+        """The pipeline as a denoiser for these cases, with the arguments of training and `changed` over them."""
+        if not changed:
+            return self._first.asked(cases, **self.call)
+        call, key = self.call | changed, repr(sorted(changed.items()))
+        if key not in self._others:
+            self._others[key] = self._begun(call)
+        return self._others[key].asked(cases, **call)
 
     @cached_property
     def _first(self) -> Driver:
-        """A driver that has found out how this pipeline behaves; all others learn from it."""
-        driver = Driver(self.pipe, [self.prompts[0]], budget=self.budget, memory=self.memory, **self.call)
+        return self._begun(self.call)
+
+    @cached_property
+    def _others(self) -> dict[str, Driver]:
+        return {}
+
+    def _begun(self, call: Mapping[str, Any]) -> Driver:
+        """A driver that has found out how this pipeline behaves; all others with its arguments learn from it."""
+        driver = Driver(self.pipe, [self.prompts[0]], budget=self.budget, memory=self.memory, **call)
         driver.start()
         return driver
 

@@ -17,7 +17,7 @@ from diffalign.train import alarm_page, checkpoint, evaluate, interrupt, state
 from diffalign.train.checkpoint import Checkpoint
 from diffalign.train.ema import Ema, whole
 from diffalign.train.job import Job
-from diffalign.train.objective import Objective
+from diffalign.train.objective import Objective, Refreshes
 from diffalign.train.run_folder import Metrics
 from diffalign.train.watch import Verdict, Watch
 
@@ -86,7 +86,8 @@ class Loop:
         """Collect and learn; figures of all processes."""
         job = self.job
         found = self.objective.collect(job, self.step)
-        told = [self._update(part) for part in _parts(found.micros, job.config.updates)]
+        parts = _parts(found.micros, job.config.updates) * job.config.passes
+        told = [self._update(part) for part in parts]
         row = {name: sum(each[name] for each in told) / len(told) for name in told[0]}
         row["skipped"] = float(self.skipped)
         self.training = {**found.stats, **row}
@@ -96,6 +97,8 @@ class Loop:
         """One optimiser step over some micro-batches."""
         job, rows = self.job, sum(len(micro) for micro in micros)
         told: dict[str, Any] = {}
+        if isinstance(self.objective, Refreshes):
+            self.objective.refresh(job, micros)
         for micro in micros:
             for name, value in self.objective.learn(job, micro, len(micro) / rows).items():
                 told[name] = told.get(name, 0.0) + float(value)
@@ -136,7 +139,7 @@ class Loop:
 
     def _rate(self) -> float:
         """The learning rate of the next update."""
-        optim, last = self.job.config.optim, self.job.config.steps * self.job.config.updates
+        optim, last = self.job.config.optim, self.job.config.steps * self.job.updates_each
         warm = min(1.0, (self.updates + 1) / optim.warmup) if optim.warmup else 1.0
         cosine = (1 + math.cos(math.pi * min(self.updates / last, 1.0))) / 2 if optim.decay == "cosine" else 1.0
         return optim.learning_rate * warm * cosine

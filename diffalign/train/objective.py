@@ -63,6 +63,14 @@ class Rehearses(Protocol):
         """Try a micro-batch and leave its gradient; refuse what would teach nothing."""
 
 
+@runtime_checkable
+class Refreshes(Protocol):
+    """An objective that looks at all micro-batches of an update before it learns from the first."""
+
+    def refresh(self, job: Job, micros: Sequence[Any]) -> None:
+        """Prepare the micro-batches for the present weights."""
+
+
 def names() -> list[str]:
     """Every objective there is."""
     return sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))

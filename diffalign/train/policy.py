@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from diffalign import media, noise, shaping
-from diffalign.cases import Case, batched
-from diffalign.errors import ConfigError, SeamError
+from diffalign.cases import Case
+from diffalign.errors import SeamError
 from diffalign.noise import Kernel, Transition
 from diffalign.train import credit, rehearsal
-from diffalign.train.advantage import Advantages, Hardness, advantages
+from diffalign.train.advantage import Advantages
+from diffalign.train.groups import Grouped
 from diffalign.train.job import Job
 from diffalign.train.objective import Collected
-from diffalign.train.preflight import require_advantages
 from diffalign.train.rehearsal import Rehearsal
 from diffalign.train.rollout import Rollout, sample, similarities
 from diffalign.train.schedules import noise_levels
@@ -54,26 +54,21 @@ class Seen:
         return self.micro.advantages[:, self.k].to(self.log_prob)
 
 
-class PolicyGradient:
+class PolicyGradient(Grouped):
     """Base of the objectives whose steps are Gaussian policies; `config` has density, noise, credit and same_start."""
 
-    name: ClassVar[str]
     dense: ClassVar[bool] = False  # whether rewards come per step
-    config: Any
+    figures: ClassVar[tuple[str, ...]] = FIGURES
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a penalty asks for the base model's predictions."""
+        return bool(self.config.beta > 0)
 
     def check(self, job: Job) -> None:
         """Refuse what cannot give an advantage or a ratio."""
-        if job.config.group_size < 2:
-            raise ConfigError(
-                f"group_size is {job.config.group_size}, and an image alone has no baseline: every advantage would be "
-                "0. Use at least 2; 12 to 24 are usual."
-            )
         self.config.credit.require_source(self.dense)
-        stepwise = self.dense or bool(self.config.credit.phases)
-        require_advantages(job, stepwise=stepwise, objective=self.name)
-        rows = len(job.group_ids)
-        zeros = torch.zeros(rows, len(job.members))
-        self.compare(job, 0, zeros, torch.zeros(rows, 2) if stepwise else None, Hardness(delta=torch.zeros(rows)))
+        self.require_groups(job, stepwise=self.dense or bool(self.config.credit.phases))
         self.noise(job, 0)
         prediction = job.levels.prediction
         if self.kernel_name(prediction) == "flow_sde" and prediction != "flow":
@@ -82,15 +77,6 @@ class PolicyGradient:
     def rehearse(self, job: Job) -> Rehearsal:
         """Try a micro-batch of the first step."""
         return rehearsal.rehearse(job, self)
-
-    def prepare(self, job: Job) -> None:
-        """Nothing is measured beforehand."""
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take back."""
 
     # collecting
 
@@ -110,41 +96,19 @@ class PolicyGradient:
         """Sample the groups of this process, score them, and compare with all processes."""
         cases = job.cases_of(step)
         rollouts, rewards = self.sampled(job, step, cases)
-        gains = self.step_rewards(job, rollouts, rewards)
-        members = job.gather(rewards)
-        invalid = job.require_valid(members, step)
-        steps = None if gains is None else job.gather(gains)
-        hardness = None
-        if job.config.advantage.hardness != "off":
-            hardness = Hardness(delta=job.gather(torch.cat([job.misses(each.media, each.cases) for each in rollouts])))
-        found = self.compare(job, step, members, steps, hardness)
+        found, told = self.judge(job, step, rollouts, rewards, self.step_rewards(job, rollouts, rewards))
         self.deal(job, rollouts, found)
-        told = {"reward": float(job.total(members).nanmean()), "invalid": invalid, **found.stats}
         return Collected(rollouts, told)
-
-    def compare(
-        self, job: Job, step: int, members: Tensor, steps: Tensor | None, hardness: Hardness | None
-    ) -> Advantages:
-        """Advantages of a step's rewards (N, K) of all processes, with step rewards (N, S) where there are any."""
-        told, tasks = job.config.advantage, job.task_ids(step)
-        return advantages(members, job.weights, job.group_ids, told, tid=tasks, steps=steps, hardness=hardness)
 
     def sampled(self, job: Job, step: int, cases: Sequence[Case]) -> tuple[list[Rollout], Tensor]:
         """Walks in micro-batches and the rewards (n, K) of their images."""
         kernel, trained = self.noise(job, step)
-        rollouts, answers = [], []
         starts = self.starts(job, cases)
-        with job.scoring() as ask:
-            for first, chunk in zip(
-                batched(starts, job.config.micro_batch), batched(cases, job.config.micro_batch), strict=True
-            ):
-                rollouts.append(self.walk(job, chunk, kernel, trained, first))
-                if not job.listwise:
-                    answers.append(ask(rollouts[-1].media, chunk))
-            if job.listwise:
-                answers.append(ask(torch.cat([rollout.media for rollout in rollouts]), cases))
-            rewards = torch.cat([answer.result() for answer in answers])
-        return rollouts, rewards
+
+        def make(first: int, chunk: Sequence[Case]) -> Rollout:
+            return self.walk(job, chunk, kernel, trained, starts[first : first + len(chunk)])
+
+        return self.scored(job, cases, make)
 
     def starts(self, job: Job, cases: Sequence[Case]) -> list[Case]:
         """The cases whose start noise these walk from: their own, or the first one's of their group."""
@@ -199,7 +163,7 @@ class PolicyGradient:
     def deal(self, job: Job, rollouts: Sequence[Rollout], found: Advantages) -> None:
         """Give every rollout its rows of the advantages, one for each trained step."""
         first = job.rank * sum(len(rollout.cases) for rollout in rollouts)
-        kept = int(found.kept.sum()) if job.config.advantage.filter is not None else len(found.kept)
+        weight = self.weight(job, found)
         for rollout in rollouts:
             rows, steps = slice(first, first + len(rollout.cases)), len(rollout.trained)
             values = found.values[rows]
@@ -209,7 +173,7 @@ class PolicyGradient:
                 weights = credit.coca(similarities(rollout), told.window, told.alpha)
                 values = values * weights[:, rollout.trained.start : rollout.trained.stop].cpu()
             rollout.advantages = values.contiguous()
-            rollout.weight = len(found.kept) / max(kept, 1)
+            rollout.weight = weight
             rollout.walk.predictions = []
             first += len(rollout.cases)
 
@@ -217,7 +181,7 @@ class PolicyGradient:
 
     def learn(self, job: Job, micro: Rollout, share: float) -> dict[str, Tensor]:
         """Replay a micro-batch with gradients; each step's backward runs at once."""
-        named = (*FIGURES, "kl") if self.config.beta else FIGURES
+        named = (*self.figures, "kl") if self.penalised else self.figures
         sums, steps = dict.fromkeys(named, torch.zeros(())), len(micro.trained)
         if not self.teaches(micro) and not job.sharded:
             return sums | {"ratio_mean": torch.tensor(share)}
@@ -264,12 +228,12 @@ class PolicyGradient:
 
     def teaches(self, micro: Rollout) -> bool:
         """Whether a replay of this micro-batch could move anything."""
-        return bool(micro.advantages.any()) or self.config.beta > 0
+        return bool(micro.advantages.any()) or self.penalised
 
     def reference(self, job: Job, micro: Rollout) -> dict[int, tuple[Transition, Tensor]]:
         """Transition and prediction of the base model at every trained step, where a penalty asks for them."""
         found: dict[int, tuple[Transition, Tensor]] = {}
-        if not self.config.beta:
+        if not self.penalised:
             return found
 
         def keep(i: int, prediction: Tensor, transition: Transition, log_prob: Tensor) -> None:

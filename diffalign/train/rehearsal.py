@@ -14,6 +14,7 @@ from diffalign.errors import ConfigError, ModelError
 from diffalign.train.job import Job
 
 if TYPE_CHECKING:
+    from diffalign.train.forward import ForwardProcess
     from diffalign.train.policy import PolicyGradient
 
 LEAST_NOISE = 1e-4  # of a step, beside latents of about 1: what float32 still tells from rounding
@@ -47,6 +48,21 @@ def rehearse(job: Job, objective: PolicyGradient) -> Rehearsal:
     many = job.config.images / job.processes / len(cases)
     spread = _spread(job, objective, rewards)
     return Rehearsal(seconds * many, round(rows * many) * job.processes, off, spread)
+
+
+def of_images(job: Job, objective: ForwardProcess) -> Rehearsal:
+    """Draw and score a micro-batch, and learn from it as if some were better and some worse."""
+    state, cases = objective.state(), job.cases_of(0)[: job.config.micro_batch]
+    before, start = job.budget.nfe, time.perf_counter()
+    micros, rewards = objective.sampled(job, 0, cases)
+    objective.pretend(job, micros)
+    for micro in micros:
+        objective.learn(job, micro, 1.0)
+    rows, seconds = job.budget.nfe - before, time.perf_counter() - start
+    spread = _spread(job, objective, rewards)
+    objective.restore(state)
+    many = job.config.images / job.processes / len(cases)
+    return Rehearsal(seconds * many, round(rows * many) * job.processes, spread=spread)
 
 
 def _require_noise(job: Job, objective: PolicyGradient) -> None:
@@ -89,7 +105,7 @@ def _ratio_off(job: Job, objective: Any, micro: Any) -> float:
     return off
 
 
-def _spread(job: Job, objective: PolicyGradient, rewards: Tensor) -> float:
+def _spread(job: Job, objective: PolicyGradient | ForwardProcess, rewards: Tensor) -> float:
     """The reward's largest deviation inside a tried group; one that tells no images of a prompt apart is refused."""
     size, most = job.config.group_size, max(job.config.micro_batch, job.config.group_size)
     if len(rewards) < size:  # a try is at least one whole group

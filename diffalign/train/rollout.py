@@ -28,6 +28,7 @@ class Rollout:
     means: dict[int, Tensor] = field(default_factory=dict)  # of the trained steps, where the objective asks for them
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, S) of the trained steps
     weight: float = 1.0  # of its policy loss: images over kept images, where a filter takes groups out
+    notes: dict[str, Tensor] = field(default_factory=dict)  # (B,) or (S, B): whatever else the objective knows of it
 
     def __len__(self) -> int:
         return len(self.walk.cases)

@@ -89,6 +89,7 @@ class TrainConfig:
     group_size: int = 12  # images of each; their mean is the baseline
     micro_batch: int = 16  # images at once, sampling and learning alike: the ratio is exactly 1 only then
     updates: int = 1  # optimiser steps from one rollout; from the second on the ratio leaves 1
+    passes: int = 1  # times that a rollout is gone through, with `updates` optimiser steps each
     sampling: dict[str, Any] = field(default_factory=dict)  # arguments of the call while training, over the model's
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -112,7 +113,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.prompts is not None and self.split is not None:
             raise ConfigError("the job has both prompts and split. Give one of them.")
-        for name in ("steps", "groups", "group_size", "micro_batch", "updates", "ema_every", "keep"):
+        for name in ("steps", "groups", "group_size", "micro_batch", "updates", "passes", "ema_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it must be at least 1.")
         if self.minutes is not None and not self.minutes > 0:

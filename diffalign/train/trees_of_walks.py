@@ -38,6 +38,11 @@ class Grove:
         return len(self.leaves)
 
     @property
+    def cases(self) -> list[Case]:
+        """Whose images these are."""
+        return self.leaves
+
+    @property
     def elements(self) -> int:
         """Numbers in one latent."""
         return self.layers[0].x[0].numel()

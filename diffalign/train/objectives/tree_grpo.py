@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffalign import media, shaping
-from diffalign.cases import Case, batched
+from diffalign.cases import Case
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError
 from diffalign.noise import Kernel, Transition, case_noise
@@ -121,12 +121,7 @@ class TreeGRPO(FlowGRPO):
     def sampled(self, job: Job, step: int, cases: Sequence[Case]) -> tuple[list[Grove], Tensor]:  # type: ignore[override]
         """Trees in micro-batches and the rewards (n, K) of their leaves."""
         kernel, window = self.noise(job, step)
-        groves, answers = [], []
-        with job.scoring() as ask:
-            for chunk in batched(cases, job.config.micro_batch):
-                groves.append(self.grow(job, chunk, kernel, window))
-                answers.append(ask(groves[-1].media, groves[-1].leaves))
-            return groves, torch.cat([answer.result() for answer in answers])
+        return self.scored(job, cases, lambda _, chunk: self.grow(job, chunk, kernel, window))
 
     def grow(self, job: Job, cases: Sequence[Case], kernel: Kernel, window: range) -> Grove:
         """The trees of some cases: every `leaves`-th of them is a root, and has its own start."""
