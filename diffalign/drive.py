@@ -103,7 +103,7 @@ class Driver(Loop):
             return sample
 
         self._loop(x, [i], capture, grad=grad)
-        return self._charge_backward(seen[0])
+        return self._charge_backward(seen.pop())  # what ran last is remembered, and a graph must not live on in it
 
     def transition(self, x: Tensor, prediction: Tensor, i: int, kernel: Kernel | None = None) -> Transition:
         """The Gaussian from level i to i + 1 under `kernel` (deterministic DDIM by default)."""
@@ -214,7 +214,9 @@ class Driver(Loop):
             except UnboundLocalError:  # a loop whose variables are read after it cannot be skipped whole
                 self._moves_latents = True
         last = Run(lambda *_: x, visit=[self.length - 1], blank=frozenset([0]), guess=not self._watch.blanks)
-        return self._run(last, **options)  # a last step whose model call is blank gives x back to the loop
+        found = self._run(last, **options)  # a last step whose model call is blank gives x back to the loop
+        last.forget()
+        return found
 
     def select(self, rows: Sequence[int]) -> Driver:
         """The driver for these rows of the batch (repeats welcome); shares memory and budget with this one."""
@@ -280,9 +282,9 @@ class Driver(Loop):
 
     def _charge_backward(self, prediction: Tensor) -> Tensor:
         """A backward pass through this prediction costs two more passes of the rows behind it."""
-        if prediction.requires_grad:
-            rows = self._watch.last_rows
-            prediction.register_hook(lambda _: self.budget.charge(nfe=BACKWARD_COST * rows))  # type: ignore[no-untyped-call]
+        if prediction.requires_grad:  # a hook that held this driver would close a circle that no collector opens
+            budget, rows = self.budget, self._watch.last_rows
+            prediction.register_hook(lambda _: budget.charge(nfe=BACKWARD_COST * rows))  # type: ignore[no-untyped-call]
         return prediction
 
 

@@ -126,7 +126,9 @@ class Loop:
                 continue
             if run.last is None:
                 raise SeamError(f"the loop of {type(self.pipe).__name__} never reached its step {visit[0]}.")
-            return out, run.last
+            last = run.last
+            run.forget()
+            return out, last
         raise SeamError(f"{type(self.pipe).__name__} changes the latents it is given before its step {visit[0]}.")
 
     def _plan(self, x: Tensor | None, visit: list[int], answer: Answer) -> Run:

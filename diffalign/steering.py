@@ -24,6 +24,10 @@ class Previewed(BaseException):
     """Raised inside a pipeline that reads through its timesteps without stepping, to count or filter them."""
 
 
+def _over(index: int, prediction: Tensor, sample: Tensor) -> Tensor | None:
+    raise SeamError("a pass that is over was asked for another step.")
+
+
 @dataclass
 class Run:
     """One pass through a pipeline's loop: which indices it visits and what each step gives back."""
@@ -66,6 +70,10 @@ class Run:
         """Forget a pass that was broken off before its first answer."""
         self.begin(-1, -1, None)
         self.indexed, self.timesteps, self.last, self.entered = False, None, None, 0
+
+    def forget(self) -> None:
+        """Let go of whatever hangs on a pass that is over: schedulers keep their latest run, and no graph with it."""
+        self.answer, self.last = _over, None
 
     def count_step(self, scheduler: str) -> None:
         """Note one scheduler step; the pipeline's latents must take exactly one per timestep."""

@@ -1,9 +1,11 @@
 """The seam in detail: true indices, restoring, counting, remembering, selecting, gradients."""
 
 import functools
+import gc
 import inspect
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -311,3 +313,33 @@ def test_a_reseeded_driver_draws_what_a_driver_of_that_seed_draws(name):
     ours, theirs = driver_of(name, pipe).reseeded([11]), driver_of(name, pipe, seed=11)
     assert torch.equal(ours.start(), theirs.start())
     assert torch.equal(ours.rollout().media, theirs.rollout().media)
+
+
+class Kept:
+    """What a graph keeps of a tensor."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.detach()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "wan21"])
+def test_a_graph_that_nobody_goes_back_through_is_freed_at_once(name):
+    """While the driver lives, and without the collector, which cannot see through a graph."""
+    driver, kept, kernel = driver_of(name), [], ddim(1.0)
+
+    def keep(tensor):
+        found = Kept(tensor)
+        kept.append(weakref.ref(found))
+        return found
+
+    gc.disable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda found: found.tensor):
+            driver.predict(driver.start(), 0, grad=True)
+            with torch.no_grad():
+                walk = driver.rollout(kernel, quiet=True, tracked=range(1))
+            driver.replay(walk, kernel)
+        assert kept
+        assert not [each for each in kept if each() is not None]
+    finally:
+        gc.enable()

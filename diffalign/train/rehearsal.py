@@ -15,6 +15,7 @@ from diffalign.train.job import Job
 
 if TYPE_CHECKING:
     from diffalign.train.forward import ForwardProcess
+    from diffalign.train.objective import Objective
     from diffalign.train.policy import PolicyGradient
 
 LEAST_NOISE = 1e-4  # of a step, beside latents of about 1: what float32 still tells from rounding
@@ -63,6 +64,15 @@ def of_images(job: Job, objective: ForwardProcess) -> Rehearsal:
     objective.restore(state)
     many = job.config.images / job.processes / len(cases)
     return Rehearsal(seconds * many, round(rows * many) * job.processes, spread=spread)
+
+
+def of_one(job: Job, objective: Objective, micro: Any) -> Rehearsal:
+    """Learn from one micro-batch of the first step, where drawing it is a part of that."""
+    before, start = job.budget.nfe, time.perf_counter()
+    objective.learn(job, micro, 1.0)
+    many = job.config.images / job.processes / len(micro)
+    rows, seconds = job.budget.nfe - before, time.perf_counter() - start
+    return Rehearsal(seconds * many, round(rows * many) * job.processes)
 
 
 def _require_noise(job: Job, objective: PolicyGradient) -> None:

@@ -44,9 +44,7 @@ def test_the_first_gradient_is_the_policy_gradient_with_the_group_mean_as_baseli
 
 
 @given(seeds, st.floats(-5, 5), st.floats(-5, 5))
-def test_what_walks_of_a_prompt_have_in_common_does_not_matter(
-    seed: int, reward_shift: float, ratio_shift: float
-) -> None:
+def test_what_walks_of_a_prompt_have_in_common_does_not_matter(seed: int, more: float, higher: float) -> None:
     ratio, clipped, reward = draw(4, seed=seed), draw(4, seed=seed + 1), draw(4, seed=seed + 2)
     same = pair_loss(ratio + higher, clipped + higher, reward + more, 0.5)
     torch.testing.assert_close(same, pair_loss(ratio, clipped, reward, 0.5))

@@ -80,7 +80,7 @@ def pulls(share: Tensor, groups: Tensor, valid: Tensor, temperature: float | Non
 
 def group_sums(values: Tensor, groups: Tensor) -> Tensor:
     """For every row of values (B, ...) the sum over the rows of its group."""
-    _, place = groups.unique(return_inverse=True)
+    _, place = torch.unique(groups, return_inverse=True)
     place = place.to(values.device)
     sums = values.new_zeros(int(place.max()) + 1, *values.shape[1:]).index_add_(0, place, values)
     return sums[place]
@@ -129,7 +129,7 @@ class CRD(ForwardProcess):
             found.append(gains)
         pull, groups = torch.cat([m.notes["pull"] for m in micros]), torch.cat([m.groups for m in micros])
         each = torch.stack([group_sums(pull * gain[:, None], groups) for gain in torch.cat(found, 1)])  # (draws, B, W)
-        for micro, centre in zip(micros, each.split([len(m) for m in micros], 1), strict=True):
+        for micro, centre in zip(micros, torch.split(each, [len(m) for m in micros], 1), strict=True):
             micro.centre = list(centre)
 
     def gain(self, place: Place, prediction: Tensor, old: Tensor) -> Tensor:

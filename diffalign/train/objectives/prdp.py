@@ -145,7 +145,7 @@ class PRDP(PolicyGradient):
             ratio, ranges = leaf - base, self.config.ranges(micros[0].elements)
             walked = self.config.over(ratio), self.config.over(clipped_ratio(ratio, old, *ranges))
             every, told = self.config.pairs == "all", []
-            for rows in [group == each for each in group.unique()]:
+            for rows in [group == each for each in sorted(set(group.tolist()))]:
                 told.append(pair_loss(walked[0][rows], walked[1][rows], reward[rows], self.config.beta, every=every))
             loss = torch.stack(told).mean()
             (slope,) = torch.autograd.grad(loss, leaf)

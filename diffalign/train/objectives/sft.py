@@ -37,7 +37,7 @@ class SFTConfig(ForwardConfig):
 def best_of(advantage: Tensor, kept: Tensor, groups: Tensor, count: int) -> Tensor:
     """(B,) whether a row is among the `count` best of its group; none is where all of a group are alike."""
     chosen = torch.zeros(len(groups), dtype=torch.bool)
-    for group in groups.unique().tolist():
+    for group in sorted(set(groups.tolist())):
         rows = ((groups == group) & kept).nonzero().flatten()
         values = advantage[rows]
         if len(rows) and float(values.max()) > float(values.min()):
