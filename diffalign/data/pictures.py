@@ -48,9 +48,14 @@ class Picture:
         content = (
             self.content
             if isinstance(self.content, bytes)
-            else str(self._place(self.content)).encode("utf-8", "surrogatepass")
+            else str(self.path(self.content)).encode("utf-8", "surrogatepass")
         )
         return hashlib.sha256(content).hexdigest()[:16]
+
+    @property
+    def missing(self) -> bool:
+        """Whether it is named by a path that leads nowhere."""
+        return isinstance(self.content, str) and not self.path(self.content).is_file()
 
     def open(self) -> Image.Image:
         """The picture as RGB; MediaError says which row it belongs to."""
@@ -60,14 +65,14 @@ class Picture:
             )
         try:
             if isinstance(self.content, str):
-                return vision.read_image(self._place(self.content))
+                return vision.read_image(self.path(self.content))
             return vision.read_image(cast(Any, io.BytesIO(self.content)))  # PIL opens files as well as names
         except MediaError as e:
             cause = e.__cause__ if isinstance(self.content, bytes) and e.__cause__ else e
             raise MediaError(f"{self.where} cannot be read as a picture: {cause}") from e
 
-    def _place(self, path: str) -> Path:
-        """Below the given root; else beside the file, in a folder of its name, or below a folder above it."""
+    def path(self, path: str) -> Path:
+        """Where a path leads: below the root; else beside the file, in a folder of its name, or below one above it."""
         if self.root is not None:
             return self.root / path
         folder = self.file.resolve().parent

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from diffalign import media
-from diffalign.cases import Case, derived_seed
+from diffalign.cases import Case, batched, derived_seed
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError
 from diffalign.noise import case_noise
 from diffalign.train import rehearsal
-from diffalign.train.advantage import Advantages
+from diffalign.train.advantage import Advantages, advantages
 from diffalign.train.ema import Averages
-from diffalign.train.groups import Grouped
+from diffalign.train.groups import Grouped, Made
 from diffalign.train.job import Job
+from diffalign.train.known import Stock, latents
 from diffalign.train.objective import Collected
 from diffalign.train.rehearsal import Rehearsal
 from diffalign.train.renoised import Clean, Place, Seen, mean_error, stratified
@@ -34,6 +35,8 @@ class ForwardProcess(Grouped):
     OLD: ClassVar[tuple[str, ...]] = ()  # names of the earlier weights it keeps, each a FollowConfig of its config
     SAMPLES: ClassVar[str] = ""  # those that draw the images; the trained weights where it is empty
     COMPARES: ClassVar[str] = ""  # those whose predictions the loss reads
+    takes_data: ClassVar[bool] = True
+    least_group: ClassVar[int] = 2  # pictures of a prompt, where they are given
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -41,13 +44,27 @@ class ForwardProcess(Grouped):
         self._restored: Mapping[str, Any] = {}
 
     def check(self, job: Job) -> None:
-        self.require_groups(job)
+        if job.stock is None:
+            self.require_groups(job)
+        else:
+            self._require_stock(job, job.stock)
         if not self.places(job):
             raise ConfigError(
                 f"least_noise is {self.config.least_noise}, and no level of the sampler has so much noise. Lower it."
             )
         if self.config.anchor.guidance is not None and self.config.anchor.weight:
             self.guided(job, job.prompts[:1])
+
+    def _require_stock(self, job: Job, stock: Stock) -> None:
+        """Refuse data with fewer pictures than a group takes, and advantages that need drawn images."""
+        size = job.config.group_size
+        if not self.least_group <= size <= stock.least:
+            raise ConfigError(
+                f"group_size is {size}, but some prompts of the data have {stock.least} pictures, and {self.name} "
+                f"needs {self.least_group} or more. Use group_size={max(stock.least, self.least_group)}, or other data."
+            )
+        if job.config.advantage.hardness != "off":
+            raise ConfigError("advantage.hardness looks at images that are drawn, and the job learns from data.")
 
     def state(self) -> dict[str, Any]:
         return {name: old.state_dict() for name, old in (self._old or {}).items()}
@@ -94,15 +111,37 @@ class ForwardProcess(Grouped):
             walk = driver.rollout(quiet=True)
             return Clean(driver, list(chunk), walk.latents[-1].float(), media.to_tensor(walk.media).float())
 
+        if job.stock is not None:
+            return self.given(job, job.stock, step, len(cases))
         with torch.no_grad(), self.old(job, self.SAMPLES):
             return self.scored(job, cases, make)
+
+    def given(self, job: Job, stock: Stock, step: int, count: int) -> tuple[list[Clean], Tensor]:
+        """The pictures of a step in micro-batches and their scores (n, 1); the first `count` of this process."""
+        groups = stock.of(step, job.config.groups, job.config.group_size)
+        rows = [row for group in job.groups_of(job.rank) for row in groups[group]][:count]
+        micros = []
+        for part in batched(rows, job.config.micro_batch):
+            cases = [case for case, _, _ in part]
+            clean = latents(job, cases, [picture for _, picture, _ in part])
+            micros.append(Clean(job.driver(cases), cases, clean, torch.empty(0)))
+        return micros, torch.tensor([[score] for _, _, score in rows])
+
+    def judge(
+        self, job: Job, step: int, made: Sequence[Made], rewards: Tensor, gains: Tensor | None = None
+    ) -> tuple[Advantages, dict[str, float]]:
+        if job.stock is None:
+            return super().judge(job, step, made, rewards, gains)
+        scores = job.gather(rewards)
+        found = advantages(scores, torch.ones(1), job.group_ids, job.config.advantage)
+        return found, {"score": float(scores.mean()), **found.stats}
 
     def deal(self, job: Job, step: int, micros: Sequence[Clean], rewards: Tensor, found: Advantages) -> None:
         """Give every image its rewards, its advantage, and the levels that its group is learnt at."""
         groups = torch.tensor([each for each in job.groups_of(job.rank) for _ in range(job.config.group_size)])
         share = (found.values / (2 * job.config.advantage.clip) + 0.5).clamp(0, 1)
         weight, first = self.weight(job, found), 0
-        every, total = job.rank * len(rewards), job.total(rewards)
+        every, total = job.rank * len(rewards), job.total(rewards) if job.stock is None else rewards[:, 0]
         for micro in micros:
             here = slice(first, first + len(micro))
             rows = slice(every + first, every + first + len(micro))

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign import scoring
+from diffalign import media, scoring
 from diffalign.budget import Budget
 from diffalign.cases import Case
+from diffalign.clean_latents import Encoder
 from diffalign.clip_tower import ClipTower
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError, DiffalignError
@@ -26,6 +27,7 @@ from diffalign.scoring import Reward
 from diffalign.train.adapters import Trained
 from diffalign.train.advantage import combined
 from diffalign.train.data import PromptSampler, weights_of
+from diffalign.train.known import Stock
 from diffalign.train.settings import TrainConfig
 
 PER_STEP = "train"  # the stream that names the seeds of a step's images
@@ -51,6 +53,7 @@ class Job:
     truth: Reward | None = None
     panel: Sequence[tuple[str, Reward]] = ()
     tower: ClipTower | None = None  # what variety is measured in
+    stock: Stock | None = None  # pictures to learn from, where none are drawn
     say: Callable[[str], None] = lambda text: None  # a line for people
 
     # processes
@@ -165,6 +168,18 @@ class Job:
         driver = Driver(self.pipe, [self.prompts[0]], budget=self.budget, memory=self.memory, **call)
         driver.start()
         return driver
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what the pipeline draws."""
+        with torch.no_grad():
+            made = media.to_tensor(self._first.decode(self._first.start()))
+        return int(made.shape[-2]), int(made.shape[-1])
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The way from pictures to clean latents."""
+        return Encoder(self.pipe)
 
     @property
     def levels(self) -> Levels:

@@ -19,7 +19,7 @@ from diffalign.drive import Driver
 from diffalign.errors import ConfigError
 from diffalign.restore import steady
 from diffalign.reward_specs import parse_spec
-from diffalign.train import adapters, checkpoint, data, evaluate, heldout, processes, sharding, tracking
+from diffalign.train import adapters, checkpoint, data, evaluate, heldout, known, processes, sharding, tracking
 from diffalign.train.embeddings import PromptCache
 from diffalign.train.job import Job
 from diffalign.train.precision import autocast
@@ -67,8 +67,15 @@ def _job(
     members = parse_spec(settings.reward) if settings.reward else []
     if not members:
         raise ConfigError("the job has no reward, so there is nothing to raise. Add one, such as reward: {clip: 1.0}.")
-    prompts = _cases(settings.prompts, settings.split, settings.limit)
+    entries = known.read(settings.data) if settings.data.given else []
+    prompts = [each.case for each in entries] or _cases(settings.prompts, settings.split, settings.limit)
     monitor = _monitor(settings, prompts)
+    if entries and settings.evaluate.prompts is settings.evaluate.split is None:
+        raise ConfigError(
+            "the job learns from data, and evaluation has no prompts of its own: what is learnt by heart would count. "
+            "Give evaluate.prompts or evaluate.split."
+        )
+    known.require_unseen(entries, monitor)
     tell: Callable[[str], None] = say if accelerator.is_main_process else lambda text: None
     raised = [leaf for reward, _ in members for leaf in scoring.leaves(reward)]
     panel = heldout.panel(parse_spec(settings.panel) if settings.panel else [], raised)
@@ -95,6 +102,7 @@ def _job(
         truth=truth,
         panel=panel,
         tower=tower,
+        stock=known.Stock(entries, seed) if entries else None,
         say=tell,
     )
 

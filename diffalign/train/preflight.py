@@ -91,6 +91,10 @@ def check(job: Job, objective: Objective) -> None:
             f"share them. Raise evaluate.limit to at least {processes}."
         )
     _require_one_precision(job)
+    if job.stock is not None and not getattr(objective, "takes_data", False):
+        raise ConfigError(
+            f"the job has data, but {objective.name} draws its own images. Drop data, or use sft, nft, crd or dpo."
+        )
     objective.check(job)
 
 

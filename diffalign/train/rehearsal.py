@@ -60,7 +60,7 @@ def of_images(job: Job, objective: ForwardProcess) -> Rehearsal:
     for micro in micros:
         objective.learn(job, micro, 1.0)
     rows, seconds = job.budget.nfe - before, time.perf_counter() - start
-    spread = _spread(job, objective, rewards)
+    spread = _spread(job, objective, rewards) if job.stock is None else float(rewards.std(correction=0))
     objective.restore(state)
     many = job.config.images / job.processes / len(cases)
     return Rehearsal(seconds * many, round(rows * many) * job.processes, spread=spread)

@@ -106,6 +106,11 @@ class Clean:
     def __len__(self) -> int:
         return len(self.cases)
 
+    @staticmethod
+    def joined(micros: Sequence[Clean], *names: str) -> list[Tensor]:
+        """Each of these columns over all micro-batches."""
+        return [torch.cat([getattr(micro, name) for micro in micros]) for name in names]
+
 
 @dataclass(frozen=True)
 class Place:

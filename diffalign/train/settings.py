@@ -10,6 +10,7 @@ from typing import Any, Literal
 from diffalign.errors import ConfigError
 from diffalign.train.adapters import AdapterConfig
 from diffalign.train.advantage import AdvantageConfig
+from diffalign.train.known import DataConfig
 from diffalign.train.watch import WatchConfig
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -78,6 +79,7 @@ class TrainConfig:
     reward: tuple[str, ...] | dict[str, Any] | str = ()  # what is raised
     truth: str | None = None  # an exact judge where there is one; logged, never trained on
     panel: tuple[str, ...] | dict[str, Any] = ()  # held-out rewards that only watch
+    data: DataConfig = field(default_factory=DataConfig)  # pictures to learn from, for objectives that need not draw
     prompts: str | None = None  # file of training prompts
     split: Literal["train", "heldout", "hard"] | None = None  # or a prompt set of the shapes world
     limit: int | None = None  # use only so many prompts
@@ -113,6 +115,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.prompts is not None and self.split is not None:
             raise ConfigError("the job has both prompts and split. Give one of them.")
+        if self.data.given and (self.prompts is not None or self.split is not None):
+            raise ConfigError(
+                "the job has data, whose pictures bring their prompts, and prompts or a split beside. Drop one of them."
+            )
         for name in ("steps", "groups", "group_size", "micro_batch", "updates", "passes", "ema_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it must be at least 1.")

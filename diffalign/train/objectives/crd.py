@@ -105,7 +105,7 @@ class CRD(ForwardProcess):
 
     def deal(self, job: Job, step: int, micros: Sequence[Clean], rewards: Tensor, found: Advantages) -> None:
         super().deal(job, step, micros, rewards, found)
-        share, groups, weight = (torch.cat([getattr(m, n) for m in micros]) for n in ("share", "groups", "weight"))
+        share, groups, weight = Clean.joined(micros, "share", "groups", "weight")
         pull = pulls(share, groups, weight > 0, self.config.temperature)
         wanted = share.double()[:, None] - group_sums(pull * share.double()[:, None], groups)
         first = 0

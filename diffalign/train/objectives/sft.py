@@ -51,10 +51,11 @@ class SFT(ForwardProcess):
     name: ClassVar[str] = "sft"
     settings: ClassVar[type[SFTConfig]] = SFTConfig
     config: SFTConfig
+    least_group: ClassVar[int] = 1
 
     def check(self, job: Job) -> None:
         super().check(job)
-        if self.config.keep >= job.config.group_size:
+        if job.stock is None and self.config.keep >= job.config.group_size:
             raise ConfigError(
                 f"keep is {self.config.keep} of a group_size of {job.config.group_size}, which rejects nothing. Keep "
                 "fewer, or draw more."
@@ -62,10 +63,10 @@ class SFT(ForwardProcess):
 
     def deal(self, job: Job, step: int, micros: Sequence[Clean], rewards: Tensor, found: Advantages) -> None:
         super().deal(job, step, micros, rewards, found)
-        advantage, groups, kept = (
-            torch.cat([getattr(m, n) for m in micros]) for n in ("advantage", "groups", "weight")
-        )
+        advantage, groups, kept = Clean.joined(micros, "advantage", "groups", "weight")
         chosen = best_of(advantage, kept > 0, groups, self.config.keep)
+        if job.config.group_size == 1:
+            chosen = kept > 0
         scale, first = len(chosen) / max(int(chosen.sum()), 1), 0
         for micro in micros:
             micro.weight = chosen[first : first + len(micro)].float() * scale

@@ -1,0 +1,155 @@
+"""DPO and KTO for diffusion: what people or rewards prefer is denoised better than by the reference, the rest worse.
+
+Papers: "Diffusion Model Alignment Using Direct Preference Optimization", 2023 (arXiv 2311.12908); its form for flow
+matching, Flow-DPO (arXiv 2501.13918); "Aligning Diffusion Models by Optimizing Human Utility" (Diffusion-KTO), 2024
+(arXiv 2404.04465) as `loss: kto`. Pairs are drawn and scored on the way, the best and the worst of every prompt, or
+come from `data`: search runs, votes of a gallery, preference files.
+
+Where we differ: errors are means over elements and the loss has beta / 2, as in the published code of Diffusion-DPO;
+the paper's factor T w(t) is a part of beta there and here. Noise levels are the sampler's own, drawn for each pair,
+several at once where `draws` says so. A pair whose rewards are equal is no pair. With `reset_every` the reference
+follows, and new pairs are drawn by the model of the moment. KTO's reference point is the mean over all images of an
+update and all processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from diffalign.errors import ConfigError
+from diffalign.train.advantage import Advantages
+from diffalign.train.forward import ForwardProcess
+from diffalign.train.job import Job
+from diffalign.train.objectives.crd import group_sums
+from diffalign.train.renoised import AnchorConfig, Clean, ForwardConfig, Place, Seen, mean_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(ForwardConfig):
+    """How much better than the reference counts how much."""
+
+    loss: Literal["dpo", "kto"] = "dpo"  # of pairs, or of single images that are liked or not
+    beta: float = 2000.0  # of mean squared errors; 100 is usual for flow models with a LoRA
+    reset_every: int = 0  # steps after which the reference becomes the model of the moment; 0 never
+    liked: float = 1.0  # kto: weight of liked images
+    disliked: float = 1.0  # kto: and of the others
+    draws: int = 1  # noise levels of each pair
+    anchor: AnchorConfig = field(default_factory=lambda: AnchorConfig(weight=0.0))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.beta < math.inf:
+            raise ConfigError(f"beta is {self.beta}, but it must be above 0. 2000 to 5000 are usual, 100 for flow.")
+        if self.reset_every < 0 or min(self.liked, self.disliked) < 0:
+            raise ConfigError(
+                f"reset_every is {self.reset_every}, liked {self.liked} and disliked {self.disliked}: none is below 0."
+            )
+
+
+def pair_loss(gap: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(-(beta / 2) gap), where gap (B,) is the winner's error beyond the reference's less the loser's."""
+    return -logsigmoid(-beta / 2 * gap)
+
+
+def utility_loss(gain: Tensor, sign: Tensor, centre: Tensor | float, beta: float) -> Tensor:
+    """1 - sigmoid(sign beta (gain - centre)) of images (B,), liked (sign 1) or not (-1)."""
+    return 1 - torch.sigmoid(sign * beta * (gain - centre))
+
+
+def ends(advantage: Tensor, kept: Tensor, groups: Tensor) -> Tensor:
+    """(B,) 1 for the best row of each group, -1 for its worst, 0 for all others and where none is better."""
+    sign = torch.zeros(len(groups))
+    for group in sorted(set(groups.tolist())):
+        rows = ((groups == group) & kept).nonzero().flatten()
+        if len(rows) > 1 and float(advantage[rows].max()) > float(advantage[rows].min()):
+            sign[rows[advantage[rows].argmax()]], sign[rows[advantage[rows].argmin()]] = 1.0, -1.0
+    return sign
+
+
+class DPO(ForwardProcess):
+    """Preferences as differences of denoising errors."""
+
+    name: ClassVar[str] = "dpo"
+    settings: ClassVar[type[DPOConfig]] = DPOConfig
+    OLD: ClassVar[tuple[str, ...]] = ("reference",)
+    COMPARES: ClassVar[str] = "reference"
+    config: DPOConfig
+
+    def check(self, job: Job) -> None:
+        super().check(job)
+        size = job.config.group_size
+        if self.config.loss == "dpo" and job.config.micro_batch % size:
+            raise ConfigError(
+                f"micro_batch is {job.config.micro_batch}, but the two of a pair are learnt together: use a multiple "
+                f"of group_size, {size}."
+            )
+
+    def follow(self, job: Job, step: int) -> None:
+        reference = self._olds(job)["reference"]
+        if step and self.config.reset_every and step % self.config.reset_every == 0:
+            reference.follow(0.0)
+
+    def deal(self, job: Job, step: int, micros: Sequence[Clean], rewards: Tensor, found: Advantages) -> None:
+        super().deal(job, step, micros, rewards, found)
+        advantage, groups, kept = Clean.joined(micros, "advantage", "groups", "weight")
+        sign = ends(advantage, kept > 0, groups)
+        if self.config.loss == "kto":
+            sign = torch.where(kept > 0, torch.where(advantage > 0, 1.0, -1.0), 0.0)
+        scale = len(sign) / max(int((sign != 0).sum()), 1)
+        weight, first = (sign != 0).float() * scale, 0
+        if self.config.loss == "kto":
+            weight = weight * torch.where(sign > 0, self.config.liked, self.config.disliked)
+        for micro in micros:
+            rows = slice(first, first + len(micro))
+            micro.weight, micro.notes = weight[rows], {"sign": sign[rows]}
+            first += len(micro)
+
+    def noise_seeds(self, micro: Clean) -> Sequence[int]:
+        """A pair has one noise: that of the first image of its prompt; for kto each image has its own."""
+        if self.config.loss == "kto":
+            return micro.driver.seeds
+        pairs = list(zip(micro.groups.tolist(), micro.driver.seeds, strict=True))
+        first = dict(reversed(pairs))
+        return [first[group] for group in micro.groups.tolist()]
+
+    def refresh(self, job: Job, micros: Sequence[Clean]) -> None:
+        """KTO's reference point: by how much more than the reference the model likes the images, on average."""
+        if self.config.loss != "kto":
+            return
+        sums, counts = torch.zeros(self.config.draws, dtype=torch.float64), torch.zeros(self.config.draws)
+        for micro in micros:
+            self.remember(job, micro)
+            with torch.no_grad():
+                for place, old in zip(self.visited(job, micro), micro.kept["reference"], strict=True):
+                    gain = -self.excess(place, self.seen_by(place, place.driver), old)
+                    sums[place.draw] += float(gain.sum())
+                    counts[place.draw] += len(gain)
+        both = job.gather(torch.stack([sums, counts.double()])[None]).sum(0)
+        centre = (both[0] / both[1].clamp_min(1)).clamp_min(0)
+        for micro in micros:
+            micro.centre = list(centre)
+
+    def excess(self, place: Place, prediction: Tensor, old: Tensor) -> Tensor:
+        """By how much the model's error (b,) at a place is beyond the reference's."""
+        return mean_error(prediction, place.target) - mean_error(old, place.target)
+
+    def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        assert seen.old is not None
+        place, micro = seen.place, seen.micro
+        excess, sign = self.excess(place, seen.prediction, seen.old), seen.of(micro.notes["sign"]).double()
+        told = {"winner": (excess * (sign > 0) * 2).detach(), "loser": (excess * (sign < 0) * 2).detach()}
+        if self.config.loss == "kto":
+            centre = micro.centre[place.draw].to(excess) if micro.centre else 0.0
+            return utility_loss(-excess, sign, centre, self.config.beta).float(), told
+        gap = group_sums(sign * excess, micro.groups[place.rows])
+        return pair_loss(gap, self.config.beta).float(), told | {"agrees": (gap < 0).float()}
+
+
+OBJECTIVE = DPO
