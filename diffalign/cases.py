@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +95,10 @@ def row_seed(seed: int, row: int) -> int:
     return derived_seed(seed, "row", row) if row else seed
 
 
-def batched(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
+def batched(rows: Sequence[T], size: int) -> Iterator[list[T]]:
     """Consecutive chunks of at most `size`."""
-    for start in range(0, len(cases), size):
-        yield list(cases[start : start + size])
+    for start in range(0, len(rows), size):
+        yield list(rows[start : start + size])
 
 
 def repeat(cases: Sequence[Case], times: int) -> list[Case]:

@@ -16,7 +16,7 @@ from diffalign.train import heldout, tracking
 from diffalign.train.settings import TrainConfig
 from diffalign.train.start import train
 from tests.train import fake_rewards
-from tests.train.tiny_runs import CALL, FAKES, OBJECTIVES, files, pipeline, rows, run, settings
+from tests.train.tiny_runs import CALL, EVERY, FAKES, OBJECTIVES, files, pipeline, rows, run, settings
 
 FIGURE = {"mean", "lo", "hi"}
 
@@ -30,7 +30,7 @@ def picture(pipe: Any) -> torch.Tensor:
     return made.images  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", EVERY)
 def test_a_run_leaves_its_result_its_curves_and_a_summary_with_intervals(tmp_path: Path, name: str):
     asked = {"truth": f"{FAKES}:brightness", "panel": ["colourfulness"], **OBJECTIVES[name]}
     found, said = run(tmp_path, **asked)

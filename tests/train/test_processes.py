@@ -17,12 +17,12 @@ from diffalign.train import checkpoint, evaluate, interrupt, loop, processes
 from diffalign.train.job import Job
 from diffalign.train.policy import PolicyGradient
 from tests.train.pairs import EXACT, MOMENTS, PATIENCE, Pair, alike, before, both, pair
-from tests.train.tiny_runs import OBJECTIVES, die, files, forked, rows, run
+from tests.train.tiny_runs import EVERY, OBJECTIVES, die, files, forked, rows, run
 
 # one run
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize("objective", EVERY)
 def test_two_processes_compute_what_one_does(objective: str, tmp_path: Path) -> None:
     asked = {**OBJECTIVES[objective], **EXACT}
     assert forked(lambda: run(tmp_path, "one", **asked)) == 0

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from diffalign.errors import ConfigError
 from diffalign.train import checkpoint, run_folder
-from tests.train.tiny_runs import FAKES, OBJECTIVES, die, files, forked, rows, run
+from tests.train.tiny_runs import EVERY, FAKES, OBJECTIVES, die, files, forked, rows, run
 
 WRITES = ("fsync", "rename", "replace")  # calls of `os` between which a process may die
 
 
-@pytest.fixture(scope="module", params=sorted(OBJECTIVES))
+@pytest.fixture(scope="module", params=EVERY)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A folder with an uninterrupted run of an objective, and its settings."""
     folder, asked = tmp_path_factory.mktemp(request.param), OBJECTIVES[request.param]

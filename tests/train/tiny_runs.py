@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from diffalign import config
 from diffalign.train.settings import TrainConfig
 from diffalign.train.start import train
@@ -37,7 +39,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "advantage": {"step_norm": "group_step"},
     },
     "tree_grpo": {"objective": {"tree_grpo": {"noise": {"window": 2, "rule": "geometric"}}}},
+    "crd": {"objective": {"crd": {"draws": 2, "drawing": {"first": 0.5, "last": 0.5}}}, "passes": 2},
+    "nft": {"objective": {"nft": {"draws": 2}}},
+    "sft": {"objective": "sft"},
+    "prdp": {"objective": {"prdp": {"beta": 0.01}}, "passes": 2},
+    "direct": {"objective": {"direct": {"rule": "random"}}},
+    "dpo": {"objective": {"dpo": {"reset_every": 2}}},
 }
+WITHOUT_RATIO = ("crd", "nft", "sft", "direct", "dpo")
+EVERY = [  # objectives whose laws others hold too run with `-m slow` alone
+    pytest.param(name, marks=[pytest.mark.slow] if name in ("nft", "sft", "direct", "dpo") else [])
+    for name in sorted(OBJECTIVES)
+]
 FAKES = Path(__file__).with_name("fake_rewards.py")
 PROMPTS = "red cube\nblue ball\ngreen tree\ngrey boat\n"
 
