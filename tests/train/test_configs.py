@@ -17,6 +17,7 @@ from diffalign.errors import ConfigError
 from diffalign.train import AdapterConfig, TrainConfig, train
 from diffalign.train.objective import make
 from tests.tiny import build
+from tests.train.tiny_runs import WITHOUT_RATIO
 
 CONFIGS = {path.stem: path for path in shipped_configs() if path.parent.name == "train"}
 CLASSES = {  # the tiny pipeline of the class and scheduler that a config's model has
@@ -52,7 +53,7 @@ def tiny(name: str, tmp_path: Path, **asked: Any) -> tuple[dict[str, Any], list[
     look = dataclasses.replace(job.evaluate, prompts=None, split=None, limit=3, kl_prompts=2)
     settings |= TINY | {"prompts": str(tmp_path / "prompts.txt"), "evaluate": look}
     objective: Any = make(job.objective).config  # type: ignore[attr-defined]
-    high = objective.noise.high
+    high = objective.noise.high if hasattr(objective, "noise") else None
     if leaves := getattr(objective, "leaves", 0):
         settings |= {"group_size": leaves, "micro_batch": leaves}
     small = {"height": 16, "width": 16, "max_sequence_length": 8}
@@ -77,9 +78,10 @@ def test_the_first_lines_say_what_runs_it_and_what_it_came_to(name: str) -> None
 @each
 def test_its_objective_builds_and_its_noise_fits_its_steps(name: str) -> None:
     job = told(name)
-    noise = make(job.objective).config.noise  # type: ignore[attr-defined]
-    low, high = noise.span(steps_of(job))
-    assert high - low >= max(noise.window, 1)
+    objective = make(job.objective).config  # type: ignore[attr-defined]
+    if hasattr(objective, "noise"):
+        low, high = objective.noise.span(steps_of(job))
+        assert high - low >= max(objective.noise.window, 1)
 
 
 @each
@@ -107,13 +109,14 @@ def test_its_batches_come_out_even(name: str) -> None:
 @each
 def test_its_settings_pass_the_preflight_of_a_tiny_pipeline_of_its_class(name: str, tmp_path: Path) -> None:
     found, _ = tiny(name, tmp_path, dry_run=True)
-    assert found["ratio_off"] == 0
+    objective = told(name).objective_name
+    assert found["ratio_off"] == (None if objective in WITHOUT_RATIO else 0)
     assert found["reached"] > 0.4  # the first factors of a LoRA have no gradient before the first update
-    assert found["spread"] > 0
+    assert objective == "direct" or found["spread"] > 0
 
 
 @pytest.mark.parametrize(
-    "name", ["dense_grpo_shapes", "flow_grpo_guard_shapes", "tree_grpo_shapes", "flow_grpo_flux_24gb"]
+    "name", ["dense_grpo_shapes", "flow_grpo_guard_shapes", "tree_grpo_shapes", "crd_shapes", "flow_grpo_flux_24gb"]
 )
 def test_its_settings_run_a_step_with_both_evaluations(name: str, tmp_path: Path) -> None:
     found, _ = tiny(name, tmp_path)
