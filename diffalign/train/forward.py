@@ -141,7 +141,7 @@ class ForwardProcess(Grouped):
         groups = torch.tensor([each for each in job.groups_of(job.rank) for _ in range(job.config.group_size)])
         share = (found.values / (2 * job.config.advantage.clip) + 0.5).clamp(0, 1)
         weight, first = self.weight(job, found), 0
-        every, total = job.rank * len(rewards), job.total(rewards) if job.stock is None else rewards[:, 0]
+        every, total = job.rank * len(rewards), self.worth(job, rewards)
         for micro in micros:
             here = slice(first, first + len(micro))
             rows = slice(every + first, every + first + len(micro))
@@ -150,6 +150,10 @@ class ForwardProcess(Grouped):
             micro.weight, micro.clip = found.kept[rows].float() * weight, job.config.advantage.clip
             micro.levels = self.drawn(job, step, micro.groups)
             first += len(micro)
+
+    def worth(self, job: Job, rewards: Tensor) -> Tensor:
+        """One number (n,) for each image: its reward, or the score that came with it."""
+        return job.total(rewards) if job.stock is None else rewards[:, 0]
 
     def places(self, job: Job) -> list[int]:
         """The loop indices where images may be made noisy again."""
