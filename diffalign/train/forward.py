@@ -35,7 +35,9 @@ class ForwardProcess(Grouped):
     OLD: ClassVar[tuple[str, ...]] = ()  # names of the earlier weights it keeps, each a FollowConfig of its config
     SAMPLES: ClassVar[str] = ""  # those that draw the images; the trained weights where it is empty
     COMPARES: ClassVar[str] = ""  # those whose predictions the loss reads
+    figures: ClassVar[tuple[str, ...]] = ()  # what its loss tells beside the loss
     takes_data: ClassVar[bool] = True
+    draws: bool = True  # whether images are drawn and scored; set by `check`
     least_group: ClassVar[int] = 2  # pictures of a prompt, where they are given
 
     def __init__(self, config: Any) -> None:
@@ -47,6 +49,7 @@ class ForwardProcess(Grouped):
         if job.stock is None:
             self.require_groups(job)
         else:
+            self.draws = False
             self._require_stock(job, job.stock)
         if not self.places(job):
             raise ConfigError(
@@ -61,13 +64,15 @@ class ForwardProcess(Grouped):
         if not self.least_group <= size <= stock.least:
             raise ConfigError(
                 f"group_size is {size}, but some prompts of the data have {stock.least} pictures, and {self.name} "
-                f"needs {self.least_group} or more. Use group_size={max(stock.least, self.least_group)}, or other data."
+                f"needs {self.least_group} or more. "
+                + (f"Use group_size={stock.least}." if stock.least >= self.least_group else "Give data with more.")
             )
         if job.config.advantage.hardness != "off":
             raise ConfigError("advantage.hardness looks at images that are drawn, and the job learns from data.")
+        self.judge(job, 0, [], torch.zeros(len(job.group_ids) // job.processes, 1))
 
     def state(self) -> dict[str, Any]:
-        return {name: old.state_dict() for name, old in (self._old or {}).items()}
+        return {name: old.state_dict() for name, old in self._old.items()} if self._old else dict(self._restored)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._old, self._restored = None, state
@@ -81,8 +86,10 @@ class ForwardProcess(Grouped):
     def _olds(self, job: Job) -> dict[str, Averages]:
         if self._old is None:
             self._old = {name: Averages(job.trained.named_parameters()) for name in self.OLD}
-            for name, state in self._restored.items():
-                self._old[name].load_state_dict(state)
+            for name, old in self._old.items():
+                if name in self._restored:  # a forced resume may come from another objective
+                    old.load_state_dict(self._restored[name])
+            self._restored = {}
         return self._old
 
     def follow(self, job: Job, step: int) -> None:
@@ -107,9 +114,9 @@ class ForwardProcess(Grouped):
         """Finished images in micro-batches and their rewards (n, K)."""
 
         def make(_: int, chunk: Sequence[Case]) -> Clean:
-            driver = job.driver(chunk)
-            walk = driver.rollout(quiet=True)
-            return Clean(driver, list(chunk), walk.latents[-1].float(), media.to_tensor(walk.media).float())
+            walk = job.driver(chunk).rollout(quiet=True)
+            made = media.to_tensor(walk.media).float()
+            return Clean(self.learner(job, chunk), list(chunk), walk.latents[-1].float(), made)
 
         if job.stock is not None:
             return self.given(job, job.stock, step, len(cases))
@@ -124,7 +131,7 @@ class ForwardProcess(Grouped):
         for part in batched(rows, job.config.micro_batch):
             cases = [case for case, _, _ in part]
             clean = latents(job, cases, [picture for _, picture, _ in part])
-            micros.append(Clean(job.driver(cases), cases, clean, torch.empty(0)))
+            micros.append(Clean(self.learner(job, cases), cases, clean, torch.empty(0)))
         return micros, torch.tensor([[score] for _, _, score in rows])
 
     def judge(
@@ -141,11 +148,11 @@ class ForwardProcess(Grouped):
         groups = torch.tensor([each for each in job.groups_of(job.rank) for _ in range(job.config.group_size)])
         share = (found.values / (2 * job.config.advantage.clip) + 0.5).clamp(0, 1)
         weight, first = self.weight(job, found), 0
-        every, total = job.rank * len(rewards), self.worth(job, rewards)
+        every, total = job.rank * len(found.kept) // job.processes, self.worth(job, rewards)
         for micro in micros:
             here = slice(first, first + len(micro))
             rows = slice(every + first, every + first + len(micro))
-            micro.groups, micro.reward, micro.media = groups[here], total[here], micro.media[:0]
+            micro.groups, micro.reward, micro.media = groups[here], total[here], torch.empty(0)
             micro.advantage, micro.share = found.values[rows], share[rows]
             micro.weight, micro.clip = found.kept[rows].float() * weight, job.config.advantage.clip
             micro.levels = self.drawn(job, step, micro.groups)
@@ -188,10 +195,11 @@ class ForwardProcess(Grouped):
         teaches = torch.ones(len(micro), dtype=torch.bool) if every else micro.weight > 0
         for draw, levels in enumerate(micro.levels):
             noise = case_noise(self.noise_seeds(micro), micro.latents, "again", draw)
-            for i in sorted(set(levels[teaches].tolist())):
-                rows = ((levels == i) & teaches).nonzero().flatten()
+            together = micro.groups if job.sharded else levels  # by group all processes have equally many
+            for each in sorted(set(together[teaches].tolist())):
+                rows = ((together == each) & teaches).nonzero().flatten()
                 driver = micro.driver.select(rows.tolist())
-                yield Place(draw, i, rows, driver, micro.latents[rows], noise[rows])
+                yield Place(draw, int(levels[rows[0]]), rows, driver, micro.latents[rows], noise[rows])
 
     def noise_seeds(self, micro: Clean) -> Sequence[int]:
         """The seed of each image's noise: its own."""
@@ -202,23 +210,26 @@ class ForwardProcess(Grouped):
     def learn(self, job: Job, micro: Clean, share: float) -> dict[str, Tensor]:
         """Predict every place with gradients; its backward runs at once."""
         self.remember(job, micro)
-        told: dict[str, Tensor] = {}
+        named = ("loss", *self.figures, *(("anchor",) if self.config.anchor.weight else ()))
+        told = dict.fromkeys(named, torch.zeros(()))  # the same in every process, whatever it has to learn from
         draws, none = len(micro.levels), [None] * len(micro.levels) * len(micro)
-        places = list(self.visited(job, micro))
         olds, bases = micro.kept.get(self.COMPARES, none), micro.kept.get("base", none)
-        for place, old, base in zip(places, olds, bases, strict=False):
+        for place, old, base in zip(self.visited(job, micro), olds, bases, strict=False):
             prediction = place.driver.predict(place.noisy, place.i, grad=True).float()
             seen = Seen(micro, place, prediction, old, base)
             policy, figures = self.loss(seen)
-            part = share / (draws * len(micro))
-            loss = (policy * seen.of(micro.weight)).sum()
+            part, weight = share / (draws * len(micro)), seen.of(micro.weight)
+            loss, sums = (policy * weight).sum(), {name: (value * weight).sum() for name, value in figures.items()}
             if base is not None:
                 gap = mean_error(prediction, base)
                 penalty = self.config.anchor.weights(seen.of(micro.share), seen.of(micro.reward)) * gap
-                loss, figures = loss + penalty.sum(), {**figures, "anchor": gap}
-            for name, value in {**figures, "loss": loss}.items():
-                told[name] = told.get(name, torch.zeros(())) + value.detach().float().sum().cpu() * part
+                loss, sums = loss + penalty.sum(), {**sums, "anchor": gap.sum()}
+            for name, value in {**sums, "loss": loss}.items():
+                told[name] = told[name] + value.detach().float().cpu() * part
             job.backward(loss * part)
+        micro.passes += 1
+        if micro.passes >= job.config.passes:
+            micro.kept = {}
         return told
 
     def remember(self, job: Job, micro: Clean) -> None:
@@ -234,13 +245,17 @@ class ForwardProcess(Grouped):
                 ]
 
     def seen_by(self, place: Place, driver: Driver) -> Tensor:
-        """What the present weights predict at a place, computed as learning does: equal weights give equal bits."""
+        """What the present weights predict at a place; outside of `no_grad` with the kernels that learning uses."""
         return driver.predict(place.noisy, place.i, grad=True).float().detach()
 
     def guided(self, job: Job, cases: Sequence[Case]) -> Driver:
         """The pipeline at the guidance of the anchor."""
         scale = self.config.anchor.guidance
-        return job.driver(cases) if scale is None else job.driver(cases, guidance_scale=scale)
+        return self.learner(job, cases) if scale is None else job.driver(cases, guidance_scale=scale)
+
+    def learner(self, job: Job, cases: Sequence[Case]) -> Driver:
+        """The pipeline as it is learnt: without guidance by a second branch, unless that is asked for."""
+        return job.driver(cases, **({} if self.config.guided else job.unguided))
 
     def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy loss (b,) of one place and figures (b,)."""
@@ -254,8 +269,7 @@ class ForwardProcess(Grouped):
 
     def pretend(self, job: Job, micros: Sequence[Clean]) -> None:
         """Advantages of both signs, to try a gradient with."""
-        rows = sum(len(micro) for micro in micros)
-        values = torch.ones(rows)
+        values = torch.ones(len(job.group_ids))
         values[1::2] = -1.0
-        found = Advantages(torch.cat([values] * job.processes), torch.ones(rows * job.processes, dtype=torch.bool), {})
-        self.deal(job, 0, micros, torch.zeros(rows, len(job.members)), found)
+        found = Advantages(values, torch.ones(len(values), dtype=torch.bool), {})
+        self.deal(job, 0, micros, torch.zeros(sum(map(len, micros)), len(job.members)), found)

@@ -28,6 +28,16 @@ class Made(Protocol):
 M = TypeVar("M", bound=Made)
 
 
+def require_whole_groups(job: Job, objective: str) -> None:
+    """Refuse updates that would learn from a part of a prompt's images, whose means are over all of them."""
+    size, batch = job.config.group_size, job.config.micro_batch
+    if job.config.updates > 1 and batch % size:
+        raise ConfigError(
+            f"updates is {job.config.updates}, which parts a step between micro-batches of {batch}, and {objective} "
+            f"compares the {size} images of a prompt. Use a multiple of {size} as micro_batch, or updates=1 and passes."
+        )
+
+
 class Grouped:
     """Base of the objectives whose baseline is the group."""
 

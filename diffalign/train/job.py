@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffalign import media, scoring
+from diffalign.arguments import parameters
 from diffalign.budget import Budget
 from diffalign.cases import Case
 from diffalign.clean_latents import Encoder
@@ -54,6 +55,7 @@ class Job:
     panel: Sequence[tuple[str, Reward]] = ()
     tower: ClipTower | None = None  # what variety is measured in
     stock: Stock | None = None  # pictures to learn from, where none are drawn
+    others: dict[str, Driver] = field(default_factory=dict)  # of other arguments, by what differs
     say: Callable[[str], None] = lambda text: None  # a line for people
 
     # processes
@@ -151,17 +153,22 @@ class Job:
         if not changed:
             return self._first.asked(cases, **self.call)
         call, key = self.call | changed, repr(sorted(changed.items()))
-        if key not in self._others:
-            self._others[key] = self._begun(call)
-        return self._others[key].asked(cases, **call)
+        if key not in self.others:
+            self.others[key] = self._begun(call)
+        return self.others[key].asked(cases, **call)
+
+    @cached_property
+    def unguided(self) -> dict[str, Any]:
+        """What to change in the call so that guidance runs no second branch; nothing where there is none."""
+        rows = self._first.costs[0]
+        for name in ("true_cfg_scale", "guidance_scale") if rows > 1 else ():
+            if name in parameters(self.pipe) and self._begun(self.call | {name: 1.0}).costs[0] < rows:
+                return {name: 1.0}
+        return {}
 
     @cached_property
     def _first(self) -> Driver:
         return self._begun(self.call)
-
-    @cached_property
-    def _others(self) -> dict[str, Driver]:
-        return {}
 
     def _begun(self, call: Mapping[str, Any]) -> Driver:
         """A driver that has found out how this pipeline behaves; all others with its arguments learn from it."""

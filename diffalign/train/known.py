@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from diffalign.train.data import PromptSampler
 if TYPE_CHECKING:
     from diffalign.train.job import Job
 
+CHUNK = 1000  # entries that are looked at together
 AGAIN = "Give a run folder of `diffalign generate`, such as one with --method tree --top-k 4."
 
 
@@ -32,7 +33,7 @@ class DataConfig:
     """Where pictures come from; several sources are put together."""
 
     from_search: tuple[str, ...] = ()  # run folders of `diffalign generate`: the images of a prompt by their reward
-    against: str | None = None  # a run folder whose images of the same prompts lose to those, such as plain draws
+    against: str | None = None  # a run folder to compare them with, such as plain draws of the same prompts
     from_votes: tuple[str, ...] = ()  # votes that a gallery exported
     pairs: tuple[str, ...] = ()  # preference files: Pick-a-Pic, HPD, ImageReward, or lists of images and ranks
     images: str | None = None  # where paths in votes and preference files start
@@ -60,27 +61,51 @@ class Known:
 
 def read(config: DataConfig) -> list[Known]:
     """Every prompt of the sources with its pictures; what says nothing is left out and told."""
-    found = list(_sources(config))
-    _require_files(found)
-    told = [_distinct(each) for each in found]
-    useless = sum(not each.pictures for each in told)
-    if useless:
-        warnings.warn(
-            f"{useless} of {len(told)} entries of the data say nothing: their pictures are one and the same, or all as "
-            "good. They are left out.",
-            stacklevel=2,
-        )
-    kept = [each for each in told if each.pictures]
+    kept, seen = list[Known](), list[Known]()
+    for each in _sources(config):  # as they are read: a large file is not held where a limit is given
+        seen.append(each)
+        if len(seen) >= CHUNK or (config.limit and len(kept) + len(seen) >= config.limit):
+            kept += _telling(seen)
+            seen = []
+        if config.limit is not None and len(kept) >= config.limit:
+            break
+    kept += _telling(seen)
+    if max((len(each.pictures) for each in kept), default=0) > 1:  # single pictures among groups teach no comparison
+        several = [each for each in kept if len(each.pictures) > 1]
+        if len(several) < len(kept):
+            warnings.warn(f"{len(kept) - len(several)} prompts of the data have one picture; left out.", stacklevel=2)
+        kept = several
     if not kept:
         raise ConfigError("the data holds no prompt with two different pictures, one of them better. " + AGAIN)
     return kept[: config.limit]
 
 
+def _telling(found: Sequence[Known]) -> list[Known]:
+    """Those whose pictures are there and differ in worth."""
+    _require_files(found)
+    told = [_distinct(each) for each in found]
+    if useless := sum(not each.pictures for each in told):
+        warnings.warn(
+            f"{useless} of {len(told)} entries of the data say nothing: their pictures are one and the same, or all as "
+            "good. They are left out.",
+            stacklevel=3,
+        )
+    return [each for each in told if each.pictures]
+
+
 def _sources(config: DataConfig) -> Iterator[Known]:
-    losers = _of_run(Path(config.against)) if config.against is not None else {}
+    others = _of_run(Path(config.against)) if config.against is not None else {}
     for folder in config.from_search:
-        for index, known in _of_run(Path(folder)).items():
-            yield _beaten(known, losers.get(index))
+        found = _of_run(Path(folder))
+        alike = config.against is not None and _rewards_of(Path(config.against)) == _rewards_of(Path(folder))
+        if config.against is not None and (lacking := len(found.keys() - others.keys())):
+            warnings.warn(
+                f"'{config.against}' has no images for {lacking} of the {len(found)} prompts of '{folder}'; they stay "
+                "as they are.",
+                stacklevel=4,
+            )
+        for index, known in found.items():
+            yield _beaten(known, others.get(index), alike=alike)
     for name in (*config.from_votes, *config.pairs):
         format = "votes" if name in config.from_votes else None
         for comparison in read_comparisons(name, format, images=config.images):
@@ -112,13 +137,20 @@ def _of_run(folder: Path) -> dict[tuple[int, str], Known]:
     }
 
 
-def _beaten(known: Known, loser: Known | None) -> Known:
-    """With the loser's pictures below all others, where they have no reward by which to compare."""
-    if loser is None:
+def _rewards_of(folder: Path) -> Any:
+    """What a run was scored by, as its card says; None where it has none."""
+    from diffalign.gallery.rows import read_object
+
+    return (read_object(folder / "card.json") or {}).get("rewards")
+
+
+def _beaten(known: Known, other: Known | None, *, alike: bool) -> Known:
+    """With another run's pictures: by their reward where that is the `alike`, else below all of these."""
+    if other is None:
         return known
     low = min((score for score in known.scores if math.isfinite(score)), default=0.0) - 1.0
-    scores = tuple(score if math.isfinite(score) else low for score in loser.scores)
-    return Known(known.case, known.pictures + loser.pictures, known.scores + scores)
+    scores = tuple(score if alike and math.isfinite(score) else low for score in other.scores)
+    return Known(known.case, known.pictures + other.pictures, known.scores + scores)
 
 
 def _require_files(found: Sequence[Known]) -> None:

@@ -38,11 +38,12 @@ class Preflight:
         per = f"{config.groups} prompts x {config.group_size} images = {config.images}"
         share = config.images // job.processes
         micro = -(-share // config.micro_batch)
+        passes = f" in each of {config.passes} passes" if config.passes > 1 else ""
         found = [
             f"trains {self.trained:,} numbers of {', '.join(job.trained.denoisers)}; a gradient reaches "
             f"{self.reached:.0%} of the layers",
             f"a step: {per} images; {micro} micro-batches of {min(config.micro_batch, share)} in each of "
-            f"{job.processes} process(es); {min(config.updates, micro)} update(s)",
+            f"{job.processes} process(es); {min(config.updates, micro)} update(s){passes}",
             *self._measured(),
             f"about {self.seconds_per_step:.1f} s and {self.nfe_per_step:,} model rows a step, "
             f"{hours:.1f} h for {config.steps} steps without evaluations; about {self.gigabytes:.1f} GB",
@@ -93,7 +94,7 @@ def check(job: Job, objective: Objective) -> None:
     _require_one_precision(job)
     if job.stock is not None and not getattr(objective, "takes_data", False):
         raise ConfigError(
-            f"the job has data, but {objective.name} draws its own images. Drop data, or use sft, nft, crd or dpo."
+            f"the job has data, but {objective.name} draws its own images. Drop data, or use sft, nft, crd, dpo."
         )
     objective.check(job)
 

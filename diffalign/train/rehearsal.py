@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffalign.errors import ConfigError, ModelError
 from diffalign.train.job import Job
+from diffalign.train.objective import Refreshes
 
 if TYPE_CHECKING:
     from diffalign.train.forward import ForwardProcess
@@ -45,7 +46,11 @@ def rehearse(job: Job, objective: PolicyGradient) -> Rehearsal:
     objective.pretend(rollouts[0])
     before, start = job.budget.nfe, time.perf_counter()
     objective.learn(job, rollouts[0], 1.0)
-    rows, seconds = rows + job.budget.nfe - before, seconds + time.perf_counter() - start
+    passes = job.config.passes
+    rows, seconds = (
+        rows + passes * (job.budget.nfe - before),
+        seconds + passes * (time.perf_counter() - start),
+    )
     many = job.config.images / job.processes / len(cases)
     spread = _spread(job, objective, rewards)
     return Rehearsal(seconds * many, round(rows * many) * job.processes, off, spread)
@@ -56,11 +61,20 @@ def of_images(job: Job, objective: ForwardProcess) -> Rehearsal:
     state, cases = objective.state(), job.cases_of(0)[: job.config.micro_batch]
     before, start = job.budget.nfe, time.perf_counter()
     micros, rewards = objective.sampled(job, 0, cases)
+    rows, seconds = job.budget.nfe - before, time.perf_counter() - start
+    before, start = job.budget.nfe, time.perf_counter()
     objective.pretend(job, micros)
+    if isinstance(objective, Refreshes):
+        objective.refresh(job, micros)
     for micro in micros:
         objective.learn(job, micro, 1.0)
-    rows, seconds = job.budget.nfe - before, time.perf_counter() - start
-    spread = _spread(job, objective, rewards) if job.stock is None else float(rewards.std(correction=0))
+    passes = job.config.passes
+    rows, seconds = (
+        rows + passes * (job.budget.nfe - before),
+        seconds + passes * (time.perf_counter() - start),
+    )
+    scored = rewards.shape[1] == len(job.members) and objective.draws
+    spread = _spread(job, objective, rewards) if scored else float(rewards.std(correction=0))
     objective.restore(state)
     many = job.config.images / job.processes / len(cases)
     return Rehearsal(seconds * many, round(rows * many) * job.processes, spread=spread)
@@ -70,7 +84,7 @@ def of_one(job: Job, objective: Objective, micro: Any) -> Rehearsal:
     """Learn from one micro-batch of the first step, where drawing it is a part of that."""
     before, start = job.budget.nfe, time.perf_counter()
     objective.learn(job, micro, 1.0)
-    many = job.config.images / job.processes / len(micro)
+    many = job.config.images * job.config.passes / job.processes / len(micro)
     rows, seconds = job.budget.nfe - before, time.perf_counter() - start
     return Rehearsal(seconds * many, round(rows * many) * job.processes)
 

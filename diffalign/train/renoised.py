@@ -68,11 +68,19 @@ class AnchorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoAnchor(AnchorConfig):
+    """None, unless one asks for it."""
+
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ForwardConfig:
     """Where images are made noisy again."""
 
     draws: int = 4  # noise levels of each image; with as many as the sampler has, each of them once
     least_noise: float = 0.01  # levels with a smaller share of noise are left out
+    guided: bool = False  # learn what guidance makes of two branches, instead of the prediction for the prompt alone
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
 
     def __post_init__(self) -> None:
@@ -100,7 +108,8 @@ class Clean:
     levels: list[Tensor] = field(default_factory=list)  # draws x (B,) loop indices
     centre: list[Tensor] = field(default_factory=list)  # draws x (B, ...): means over groups that span micro-batches
     notes: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) whatever else the objective knows of an image
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)  # predictions of other weights at every place
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)  # predictions of other weights, until the last pass
+    passes: int = 0  # how often it was learnt from
     clip: float = 5.0  # of advantages
 
     def __len__(self) -> int:

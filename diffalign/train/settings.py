@@ -119,6 +119,8 @@ class TrainConfig:
             raise ConfigError(
                 "the job has data, whose pictures bring their prompts, and prompts or a split beside. Drop one of them."
             )
+        if self.data.given and (self.limit is not None or self.prompt_weights):
+            raise ConfigError("limit and prompt_weights are for prompts that are drawn. With data, use data.limit.")
         for name in ("steps", "groups", "group_size", "micro_batch", "updates", "passes", "ema_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it must be at least 1.")

@@ -141,6 +141,7 @@ def test_cuts_stay_inside_the_chain_and_where_they_are_asked_for() -> None:
     assert DirectConfig(rule="random", centre=0.98, spread=0.0).cut(50, 0) == 49
     assert DirectConfig(rule="random").cut(1, 0) == DirectConfig(rule="jump").cut(1, 3) == 0
     assert [DirectConfig(steps=k).cut(4, 0) for k in (1, 4)] == [3, 0]
+    assert DirectConfig(rule="random", centre=0.05, spread=0.001).cut(10, 0) == 1
 
 
 def test_an_anchor_is_nothing_at_the_base_and_pulls_back_from_elsewhere() -> None:
@@ -175,10 +176,18 @@ def test_an_image_without_a_reward_is_left_out_of_the_gradient() -> None:
             found = super().__call__(media, cases)
             return torch.where(torch.tensor([k == 0 for k in range(len(cases))]), torch.nan, found)
 
-    with jobs.job("sd3", "direct", reward=Picky(), invalid_limit=0.9) as (job, chosen):
+    with jobs.job("sd3", "direct", reward=Picky()) as (job, chosen):
         told = jobs.learn(job, chosen, chosen.collect(job, 0).micros)
         assert told["invalid"] == pytest.approx(1 / 3)
         assert jobs.gradients(job).isfinite().all()
+        with pytest.raises(ConfigError, match="failed on 33% of the images of step 0"):
+            chosen.collect(job, 1)
+
+
+def test_advantages_that_would_not_be_read_are_refused() -> None:
+    dr = {"normalise": "dr"}
+    with pytest.raises(ConfigError, match="climbs the reward itself"), jobs.job("sd3", "direct", advantage=dr):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -154,3 +154,22 @@ def test_settings_without_sense_are_refused(bad: dict[str, Any], says: str) -> N
 def test_a_pair_that_would_be_torn_apart_is_refused() -> None:
     with pytest.raises(ConfigError, match="learnt together"), jobs.job("sd3", "dpo", group_size=3, micro_batch=2):
         pass
+
+
+def test_of_a_solved_prompt_no_image_is_liked_or_disliked() -> None:
+    class Flat(jobs.Brightness):
+        def __call__(self, media: Tensor, cases: Any) -> Tensor:
+            first = cases[0].prompt
+            found = super().__call__(media, cases)
+            return torch.where(torch.tensor([case.prompt == first for case in cases]), 1.0, found)
+
+    with jobs.job("sd3", {"dpo": {"loss": "kto"}}, reward=Flat(), micro_batch=6) as (job, chosen):
+        micro = chosen.collect(job, 0).micros[0]
+        assert micro.notes["sign"][:3].tolist() == [0, 0, 0]
+        assert micro.weight[:3].tolist() == [0, 0, 0]
+        assert {-1.0, 1.0} <= set(micro.notes["sign"][3:].tolist())
+
+
+def test_weights_of_single_images_are_refused_with_pairs() -> None:
+    with pytest.raises(ConfigError, match="loss: kto"):
+        DPOConfig(liked=2.0)

@@ -282,6 +282,9 @@ def test_the_preflight_counts_the_rows_that_a_step_will_cost() -> None:
         before = job.budget.nfe
         jobs.learn(job, chosen, chosen.collect(job, 0).micros)
         assert told == job.budget.nfe - before == 6 * (3 + 2 * (3 + 1 + 1))
+    with jobs.job("sd3", {"crd": {"draws": 2}}, call={"guidance_scale": 4.0}, passes=2) as (job, chosen):
+        told = preflight.fly(job, chosen).nfe_per_step  # drawn with guidance, learnt without, and remembered once
+        assert told == 6 * (2 * 3 + 2 * 2 * (3 + 1 + 1))
 
 
 def test_an_image_without_a_reward_is_in_no_mean() -> None:
@@ -331,3 +334,48 @@ def test_errors_are_of_one_image_each() -> None:
     torch.testing.assert_close(mean_error(a, b), ((a - b) ** 2).view(3, -1).mean(1))
     torch.testing.assert_close(scale_of(a, b), (a - b).abs().view(3, -1).mean(1))
     assert scale_of(a, a).tolist() == pytest.approx([1e-5] * 3)
+
+
+def test_a_guided_job_learns_the_prediction_for_the_prompt_alone() -> None:
+    slopes = []
+    for scale, asked in ((1.0, {}), (5.0, {}), (5.0, {"guided": True})):
+        with jobs.job("sd3", {"sft": {"draws": 1, **asked}}, call={"guidance_scale": scale}) as (job, chosen):
+            found = chosen.collect(job, 0)
+            for micro in found.micros:  # the same images whatever drew them
+                micro.latents = torch.ones_like(micro.latents)
+                micro.weight = torch.ones(len(micro))
+            jobs.learn(job, chosen, found.micros)
+            slopes.append(jobs.gradients(job))
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(slopes[2], slopes[0], rtol=1e-2)
+
+
+@every
+def test_a_step_without_anything_to_learn_tells_the_same_figures(name: str) -> None:
+    """Processes exchange them one by one, whatever each of them has found."""
+    with jobs.job("sd3", {name: FAST[name]}) as (job, chosen):
+        micros = chosen.collect(job, 0).micros
+        names = set(chosen.learn(job, micros[0], 1.0))
+        micros[1].weight = torch.zeros(len(micros[1]))
+        assert set(chosen.learn(job, micros[1], 1.0)) == names
+
+
+def test_a_part_of_an_anchor_or_a_schedule_keeps_the_objectives_own_rest() -> None:
+    from diffalign import config
+
+    told = config.build(CRDConfig, {"anchor": {"guidance": 4.5}, "old": {"slope": 0.01}, "drawing": {"last": 0.5}})
+    assert (told.anchor.weight, told.anchor.by, told.anchor.guidance) == (0.1, "share", 4.5)
+    assert (told.old.first, told.old.slope, told.old.last) == (0.25, 0.01, 0.999)
+    assert (told.drawing.start, told.drawing.last) == (75, 0.5)
+
+
+def test_a_very_low_temperature_compares_with_the_best_and_the_worst_alone() -> None:
+    share, groups = torch.tensor([0.1, 0.5, 0.9, 0.3]).double(), torch.tensor([0, 0, 0, 1])
+    pull = pulls(share, groups, torch.ones(4), 1e-6)
+    assert pull.tolist() == [[0, 1], [0, 0], [1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("name", ["crd", "prdp"])
+def test_updates_that_would_tear_a_prompt_apart_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="multiple of 3"), jobs.job("sd3", name, micro_batch=2, updates=2):
+        pass

@@ -53,7 +53,10 @@ def test_plain_draws_lose_to_a_search(tmp_path: Path) -> None:
     losers = search_run(tmp_path / "stock", count=1, shift=-70)
     found = data(from_search=(str(winners),), against=str(losers))
     assert [len(each.pictures) for each in found] == [2, 2]
-    assert found[0].scores[0] > found[0].scores[1]
+    assert found[0].scores == pytest.approx((200 / 255, 130 / 255))
+    (losers / "card.json").write_text('{"rewards": {"clip": 1}}')  # numbers of another reward say nothing here
+    assert data(from_search=(str(winners),), against=str(losers))[0].scores[1] == pytest.approx(200 / 255 - 1)
+    (losers / "card.json").unlink()
     unscored = [{k: v for k, v in row.items() if k != "reward"} for row in lines(losers / "results.jsonl")]
     (losers / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unscored))
     assert data(from_search=(str(winners),), against=str(losers))[0].scores == pytest.approx((200 / 255, 200 / 255 - 1))
@@ -183,3 +186,14 @@ def test_data_is_refused_where_it_would_not_be_read(tmp_path: Path) -> None:
         run(tmp_path, **{**told, "group_size": 4, "micro_batch": 4})
     with pytest.raises(ConfigError, match="bring their prompts"):
         settings(tmp_path, **{**told, "prompts": "x.txt"})
+
+
+def test_a_limit_holds_and_prompts_with_one_picture_are_left_out_beside_others(tmp_path: Path) -> None:
+    folder = search_run(tmp_path / "run")
+    assert len(data(from_search=(str(folder),), limit=1)) == 1
+    alone = [row for row in lines(folder / "results.jsonl") if row["index"] == 0 or row["rank"] == 0]
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
+    with pytest.warns(UserWarning, match="1 prompts of the data have one picture"):
+        assert [each.case.prompt for each in data(from_search=(str(folder),))] == ["red cube"]
+    with pytest.raises(ConfigError, match=r"use data\.limit"):
+        settings(tmp_path, prompts=None, data={"from_search": ["x"]}, limit=3)

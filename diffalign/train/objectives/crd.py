@@ -24,6 +24,7 @@ from torch import Tensor
 from diffalign.errors import ConfigError
 from diffalign.train.advantage import Advantages
 from diffalign.train.forward import ForwardProcess
+from diffalign.train.groups import require_whole_groups
 from diffalign.train.job import Job
 from diffalign.train.renoised import (
     AnchorConfig,
@@ -38,6 +39,32 @@ from diffalign.train.renoised import (
 
 
 @dataclass(frozen=True, kw_only=True)
+class CRDAnchor(AnchorConfig):
+    """Good images are held more."""
+
+    weight: float = 0.1
+    by: Literal["none", "share", "reward"] = "share"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CRDOld(FollowConfig):
+    """The weights that implicit rewards are measured from."""
+
+    first: float = 0.25
+    slope: float = 0.005
+    last: float = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class CRDDrawing(FollowConfig):
+    """The weights that draw."""
+
+    start: int = 75
+    slope: float = 0.0075
+    last: float = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
 class CRDConfig(ForwardConfig):
     """How rewards are matched, what the model is compared with, and what holds it near its base."""
 
@@ -46,9 +73,9 @@ class CRDConfig(ForwardConfig):
     temperature: float | None = None  # centre on good images, then on bad ones, this sharply; none centres on the mean
     adaptive: bool = True  # divide each model's error by its own size
     draws: int = 20  # noise levels of each image
-    old: FollowConfig = field(default_factory=lambda: FollowConfig(first=0.25, slope=0.005, last=0.999))  # the zero
-    drawing: FollowConfig = field(default_factory=lambda: FollowConfig(start=75, slope=0.0075, last=0.999))  # samples
-    anchor: AnchorConfig = field(default_factory=lambda: AnchorConfig(weight=0.1, by="share"))
+    old: CRDOld = field(default_factory=CRDOld)
+    drawing: CRDDrawing = field(default_factory=CRDDrawing)
+    anchor: CRDAnchor = field(default_factory=CRDAnchor)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +100,8 @@ def pulls(share: Tensor, groups: Tensor, valid: Tensor, temperature: float | Non
     tilts = (0.0,) if temperature is None else (1 / temperature, -1 / temperature)
     columns = []
     for tilt in tilts:
-        weight = (tilt * share.double()).exp() * valid.double()
+        high = group_max(tilt * share.double(), groups)  # softmax, without what overflows
+        weight = (tilt * share.double() - high).exp() * valid.double()
         columns.append(weight / group_sums(weight, groups).clamp_min(1e-300))
     return torch.stack(columns, 1)
 
@@ -84,6 +112,13 @@ def group_sums(values: Tensor, groups: Tensor) -> Tensor:
     place = place.to(values.device)
     sums = values.new_zeros(int(place.max()) + 1, *values.shape[1:]).index_add_(0, place, values)
     return sums[place]
+
+
+def group_max(values: Tensor, groups: Tensor) -> Tensor:
+    """For every row of values (B,) the largest of its group."""
+    _, place = torch.unique(groups, return_inverse=True)
+    found = torch.full((int(place.max()) + 1,), -torch.inf, dtype=values.dtype)
+    return found.scatter_reduce(0, place, values, "amax")[place]
 
 
 def matched(gain: Tensor, wanted: Tensor, beta: float, match: str) -> Tensor:
@@ -101,7 +136,12 @@ class CRD(ForwardProcess):
     OLD: ClassVar[tuple[str, ...]] = ("old", "drawing")
     SAMPLES: ClassVar[str] = "drawing"
     COMPARES: ClassVar[str] = "old"
+    figures: ClassVar[tuple[str, ...]] = ("implicit",)
     config: CRDConfig
+
+    def check(self, job: Job) -> None:
+        super().check(job)
+        require_whole_groups(job, self.name)
 
     def deal(self, job: Job, step: int, micros: Sequence[Clean], rewards: Tensor, found: Advantages) -> None:
         super().deal(job, step, micros, rewards, found)

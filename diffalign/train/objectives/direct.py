@@ -9,7 +9,8 @@ jump`; "Aligning Text-to-Image Diffusion Models with Reward Backpropagation" (Al
 Where we differ: where a chain is cut is drawn once for all images of a step, so that nothing depends on how they are
 batched. The sampler is DDIM on the pipeline's own noise levels (Euler for flow models) with a share `eta` of fresh
 noise, whatever scheduler the pipeline has. ReFL's denoising loss on other pictures is left out; `anchor` holds the
-model near its base instead, where one asks for it.
+model near its base instead, where one asks for it. SRPO's and DanceGRPO's variants are not built. A reward that raises
+ends the run; one that gives NaN loses that image, and too many of them end the run after the step.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from torch import Tensor
 from diffalign import media, scoring
 from diffalign.cases import Case, batched, derived_seed
 from diffalign.drive import Driver
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, NotDifferentiable
 from diffalign.noise import case_noise, ddim
 from diffalign.restore import checkpointed
 from diffalign.train import rehearsal
+from diffalign.train.advantage_config import AdvantageConfig
 from diffalign.train.job import Job
 from diffalign.train.objective import Collected
 from diffalign.train.rehearsal import Rehearsal
 from diffalign.train.renoised import mean_error
 
 FIGURES = ("loss", "reward", "invalid")
+DRAWS = 100  # of a cut, until it is one; then the centre, or the nearest cut there is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +95,11 @@ class DirectConfig:
             return 0
         if self.uniform:
             return rng.randint(1, length - 1)
-        places = [self.centre * length] if not self.spread else []
-        while not places:
+        for _ in range(DRAWS):
             drawn = int(rng.gauss(self.centre * length, self.spread * length))
-            places = [drawn] if 1 <= drawn < length else []
-        return min(max(int(places[0]), 1), length - 1)
+            if 1 <= drawn < length:
+                return drawn
+        return min(max(int(self.centre * length), 1), length - 1)
 
     def loss(self, reward: Tensor) -> Tensor:
         """What is lowered, of rewards (B,)."""
@@ -125,11 +128,21 @@ class Direct:
 
     def __init__(self, config: DirectConfig) -> None:
         self.config = config
+        self._seen: list[Tensor] = []  # rewards of the step that is learnt from
 
     def check(self, job: Job) -> None:
         for reward, _ in job.members:
-            scoring.require_gradient(reward, "direct back-propagation")
-            scoring.require_rowwise(reward, "direct back-propagation")
+            if not reward.differentiable or scoring.is_listwise(reward):
+                lacks = "has no gradient" if not reward.differentiable else "compares the images of a prompt"
+                raise NotDifferentiable(
+                    f"direct goes back through the reward, and '{reward.name}' {lacks}. Use crd, nft or flow_grpo with "
+                    "it, or a reward such as clip, which has a gradient."
+                )
+        if job.config.advantage != AdvantageConfig(missing=job.config.advantage.missing):
+            raise ConfigError(
+                "advantage has settings that direct does not read: it climbs the reward itself. Drop them; scale and "
+                "threshold shape what is climbed."
+            )
         if self.config.rule == "last" and (self.config.steps or 0) > job.length:
             raise ConfigError(
                 f"steps is {self.config.steps}, but the sampler has only {job.length}. Leave it out for all of them."
@@ -146,10 +159,15 @@ class Direct:
 
     def rehearse(self, job: Job) -> Rehearsal:
         """Try one micro-batch of the first step."""
-        return rehearsal.of_one(job, self, self.collect(job, 0).micros[0])
+        found = rehearsal.of_one(job, self, self.collect(job, 0).micros[0])
+        self._seen = []
+        return found
 
     def collect(self, job: Job, step: int) -> Collected:
         """The images of a step; they are drawn where they are learnt from."""
+        if self._seen:  # every process has scored equally many
+            seen, self._seen = torch.cat(self._seen), []
+            job.require_valid(job.gather(seen), step - 1)
         cut = self.config.cut(job.length, derived_seed(job.seed, "cut", step))
         return Collected([Images(part, cut, step) for part in batched(job.cases_of(step), job.config.micro_batch)])
 
@@ -217,12 +235,17 @@ class Direct:
         """Score, and go back through what was drawn."""
         job.budget.charge(reward_calls=len(micro) * len(job.members))
         scores = [scoring.score(reward, made, micro.cases, all_invalid=True).total for reward, _ in job.members]
-        total = job.total(torch.stack(scores, 1))
-        lost = job.require_valid(torch.stack(scores, 1).detach(), micro.step)
-        valid = ~total.isnan()
+        members = torch.stack(scores, 1)
+        total, valid = job.total(members), ~job.total(members.detach()).isnan()
+        if len(self._seen) < -(-job.config.images // job.processes // job.config.micro_batch):
+            self._seen.append(members.detach().cpu())
         loss = self.config.loss(total[valid]).sum() + penalty.to(total)[valid].sum()
         job.backward(loss * (weight / len(micro)))
-        found = {"loss": loss / len(micro), "reward": total.detach().nanmean(), "invalid": torch.tensor(lost)}
+        found = {
+            "loss": loss / len(micro),
+            "reward": total.detach().nanmean().nan_to_num(),
+            "invalid": (~valid).float().mean(),
+        }
         for name, value in found.items():
             told[name] = told[name] + value.detach().float().cpu() * weight
 

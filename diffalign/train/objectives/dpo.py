@@ -7,9 +7,10 @@ come from `data`: search runs, votes of a gallery, preference files.
 
 Where we differ: errors are means over elements and the loss has beta / 2, as in the published code of Diffusion-DPO;
 the paper's factor T w(t) is a part of beta there and here. Noise levels are the sampler's own, drawn for each pair,
-several at once where `draws` says so. A pair whose rewards are equal is no pair. With `reset_every` the reference
-follows, and new pairs are drawn by the model of the moment. KTO's reference point is the mean over all images of an
-update and all processes.
+several at once where `draws` says so. A pair whose rewards are equal is no pair; for kto an image at the mean of its
+prompt is neither liked nor disliked. With `reset_every` the reference
+follows, and new pairs are drawn by the model of the moment. KTO's reference point is the mean over the
+labelled images of an update and all processes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from diffalign.train.advantage import Advantages
 from diffalign.train.forward import ForwardProcess
 from diffalign.train.job import Job
 from diffalign.train.objectives.crd import group_sums
-from diffalign.train.renoised import AnchorConfig, Clean, ForwardConfig, Place, Seen, mean_error
+from diffalign.train.renoised import Clean, ForwardConfig, NoAnchor, Place, Seen, mean_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class DPOConfig(ForwardConfig):
     liked: float = 1.0  # kto: weight of liked images
     disliked: float = 1.0  # kto: and of the others
     draws: int = 1  # noise levels of each pair
-    anchor: AnchorConfig = field(default_factory=lambda: AnchorConfig(weight=0.0))
+    anchor: NoAnchor = field(default_factory=NoAnchor)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +52,8 @@ class DPOConfig(ForwardConfig):
             raise ConfigError(
                 f"reset_every is {self.reset_every}, liked {self.liked} and disliked {self.disliked}: none is below 0."
             )
+        if self.loss == "dpo" and (self.liked, self.disliked) != (1.0, 1.0):
+            raise ConfigError("liked and disliked weigh single images, which loss: kto has. Leave them out with dpo.")
 
 
 def pair_loss(gap: Tensor, beta: float) -> Tensor:
@@ -80,6 +83,7 @@ class DPO(ForwardProcess):
     settings: ClassVar[type[DPOConfig]] = DPOConfig
     OLD: ClassVar[tuple[str, ...]] = ("reference",)
     COMPARES: ClassVar[str] = "reference"
+    figures: ClassVar[tuple[str, ...]] = ("winner", "loser", "agrees")
     config: DPOConfig
 
     def check(self, job: Job) -> None:
@@ -98,12 +102,12 @@ class DPO(ForwardProcess):
 
     def deal(self, job: Job, step: int, micros: Sequence[Clean], rewards: Tensor, found: Advantages) -> None:
         super().deal(job, step, micros, rewards, found)
-        advantage, groups, kept = Clean.joined(micros, "advantage", "groups", "weight")
-        sign = ends(advantage, kept > 0, groups)
         if self.config.loss == "kto":
-            sign = torch.where(kept > 0, torch.where(advantage > 0, 1.0, -1.0), 0.0)
+            sign = torch.where(found.kept, found.values, 0.0).sign()  # of all processes; the mean is neither
+        else:
+            sign = ends(found.values, found.kept, job.group_ids)
         scale = len(sign) / max(int((sign != 0).sum()), 1)
-        weight, first = (sign != 0).float() * scale, 0
+        weight, first = (sign != 0).float() * scale, job.rank * len(found.kept) // job.processes
         if self.config.loss == "kto":
             weight = weight * torch.where(sign > 0, self.config.liked, self.config.disliked)
         for micro in micros:
@@ -129,8 +133,9 @@ class DPO(ForwardProcess):
             with torch.no_grad():
                 for place, old in zip(self.visited(job, micro), micro.kept["reference"], strict=True):
                     gain = -self.excess(place, self.seen_by(place, place.driver), old)
-                    sums[place.draw] += float(gain.sum())
-                    counts[place.draw] += len(gain)
+                    counted = (micro.notes["sign"][place.rows] != 0).to(gain)
+                    sums[place.draw] += float((gain * counted).sum())
+                    counts[place.draw] += float(counted.sum())
         both = job.gather(torch.stack([sums, counts.double()])[None]).sum(0)
         centre = (both[0] / both[1].clamp_min(1)).clamp_min(0)
         for micro in micros:
@@ -147,7 +152,8 @@ class DPO(ForwardProcess):
         told = {"winner": (excess * (sign > 0) * 2).detach(), "loser": (excess * (sign < 0) * 2).detach()}
         if self.config.loss == "kto":
             centre = micro.centre[place.draw].to(excess) if micro.centre else 0.0
-            return utility_loss(-excess, sign, centre, self.config.beta).float(), told
+            liked = (-excess - centre) * sign > 0
+            return utility_loss(-excess, sign, centre, self.config.beta).float(), told | {"agrees": liked.float()}
         gap = group_sums(sign * excess, micro.groups[place.rows])
         return pair_loss(gap, self.config.beta).float(), told | {"agrees": (gap < 0).float()}
 

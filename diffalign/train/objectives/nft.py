@@ -54,6 +54,7 @@ class NFT(ForwardProcess):
     OLD: ClassVar[tuple[str, ...]] = ("old",)
     SAMPLES: ClassVar[str] = "old"
     COMPARES: ClassVar[str] = "old"
+    figures: ClassVar[tuple[str, ...]] = ("moved",)
     config: NFTConfig
 
     def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:

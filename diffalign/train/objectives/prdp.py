@@ -28,14 +28,13 @@ from diffalign.errors import ConfigError
 from diffalign.noise import Convention
 from diffalign.train.advantage_config import AdvantageConfig
 from diffalign.train.credit import CreditConfig
+from diffalign.train.groups import require_whole_groups
 from diffalign.train.job import Job
 from diffalign.train.objective import Collected
 from diffalign.train.objectives.flow_grpo import clip_figures
 from diffalign.train.policy import FIGURES, PolicyGradient, Seen
 from diffalign.train.rollout import Rollout
 from diffalign.train.schedules import NoiseConfig
-
-LARGEST = 80.0  # a log-ratio that float32 can still weigh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ class PRDPConfig:
 
     def ranges(self, elements: int) -> tuple[float, float]:
         """How far a log-ratio may fall and rise, in the convention of the log-densities."""
-        width = min(self.clip * (elements if self.density == "sum" else 1), LARGEST)
+        width = self.clip * (elements if self.density == "sum" else 1)
         return width, width
 
     def over(self, ratios: Tensor) -> Tensor:
@@ -105,6 +104,7 @@ class PRDP(PolicyGradient):
 
     def check(self, job: Job) -> None:
         super().check(job)
+        require_whole_groups(job, self.name)
         given = job.config.advantage
         if given != AdvantageConfig(missing=given.missing):
             raise ConfigError(

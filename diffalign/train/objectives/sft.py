@@ -18,7 +18,7 @@ from diffalign.errors import ConfigError
 from diffalign.train.advantage import Advantages
 from diffalign.train.forward import ForwardProcess
 from diffalign.train.job import Job
-from diffalign.train.renoised import AnchorConfig, Clean, ForwardConfig, Seen, mean_error
+from diffalign.train.renoised import Clean, ForwardConfig, NoAnchor, Seen, mean_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class SFTConfig(ForwardConfig):
     """What is learnt of a group."""
 
     keep: int = 1  # best images of each prompt; those of a group whose rewards are all the same teach nothing
-    anchor: AnchorConfig = field(default_factory=lambda: AnchorConfig(weight=0.0))
+    anchor: NoAnchor = field(default_factory=NoAnchor)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,11 +63,10 @@ class SFT(ForwardProcess):
 
     def deal(self, job: Job, step: int, micros: Sequence[Clean], rewards: Tensor, found: Advantages) -> None:
         super().deal(job, step, micros, rewards, found)
-        advantage, groups, kept = Clean.joined(micros, "advantage", "groups", "weight")
-        chosen = best_of(advantage, kept > 0, groups, self.config.keep)
+        chosen = best_of(found.values, found.kept, job.group_ids, self.config.keep)  # of all processes
         if job.config.group_size == 1:
-            chosen = kept > 0
-        scale, first = len(chosen) / max(int(chosen.sum()), 1), 0
+            chosen = found.kept
+        scale, first = len(chosen) / max(int(chosen.sum()), 1), job.rank * len(found.kept) // job.processes
         for micro in micros:
             micro.weight = chosen[first : first + len(micro)].float() * scale
             first += len(micro)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,10 +61,6 @@ class ViSurf(NFT):
     settings: ClassVar[type[ViSurfConfig]] = ViSurfConfig
     config: ViSurfConfig
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self._references: dict[str, Any] = {}
-
     def check(self, job: Job) -> None:
         if job.stock is None:
             raise ConfigError(
@@ -75,7 +71,6 @@ class ViSurf(NFT):
         if strange := sorted(set(self.config.free) - set(names)):
             raise ConfigError(f"free names '{strange[0]}', which is no reward of this job: {', '.join(names)}.")
         super().check(job)
-        self._references = {each.case.prompt: each.pictures[0] for each in job.stock.entries}
 
     def _require_stock(self, job: Job, stock: Stock) -> None:
         if job.config.group_size < 3:
@@ -83,27 +78,32 @@ class ViSurf(NFT):
                 f"group_size is {job.config.group_size}, but a group is a reference and two or more draws. Use 3 or "
                 "more."
             )
+        self.draws = True
         self.require_groups(job)
 
     def sampled(self, job: Job, step: int, cases: Sequence[Case]) -> tuple[list[Clean], Tensor]:
         """Draws and references in micro-batches; the last of every group is the reference."""
-        size = job.config.group_size
+        size, stock = job.config.group_size, job.stock
+        assert stock is not None
+        prompts = job.sampler.at(step, job.config.groups)  # by their place in the data: two may have one text
+        best = [stock.entries[prompts[group]].pictures[0] for group in job.groups_of(job.rank)]
 
         def make(first: int, chunk: Sequence[Case]) -> Clean:
             given = [(first + k) % size == size - 1 for k in range(len(chunk))]
             own = [case for case, is_given in zip(chunk, given, strict=True) if not is_given]
             theirs = [case for case, is_given in zip(chunk, given, strict=True) if is_given]
+            pictures = [best[(first + k) // size] for k, is_given in enumerate(given) if is_given]
             parts = []
             if own:
                 walk = job.driver(own).rollout(quiet=True)
                 parts.append((walk.latents[-1].float(), media.to_tensor(walk.media).float()))
             if theirs:
-                clean = latents(job, theirs, [self._references[case.prompt] for case in theirs])
+                clean = latents(job, theirs, pictures)
                 made = media.to_tensor(job.driver(theirs).decode(clean)).float()
                 parts.append((clean, made))
             order = torch.tensor(given).long().argsort(stable=True).argsort()
             joined = [torch.cat(column)[order] for column in zip(*parts, strict=True)]
-            return Clean(job.driver(chunk), list(chunk), joined[0], joined[1])
+            return Clean(self.learner(job, chunk), list(chunk), joined[0], joined[1])
 
         with torch.no_grad(), self.old(job, self.SAMPLES):
             return self.scored(job, cases, make)
