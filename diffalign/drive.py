@@ -247,7 +247,7 @@ class Driver(Loop):
         twin = Driver(self.pipe, budget=self.budget, memory=self.memory, **call)
         twin.batch, twin.seeds, twin.cases = len(rows), [self.seeds[r] for r in rows], [self.cases[r] for r in rows]
         twin.learn_from(self)
-        if self._timesteps is not None:  # the twin's own scheduler has walked nowhere yet
+        if "levels" in self.__dict__:  # the twin's own scheduler has walked nowhere yet
             twin.__dict__["levels"] = self.levels
         return twin
 

@@ -21,7 +21,7 @@ from diffalign.snapshot import differences, snapshot
 from diffalign.trees import save_tree
 from tests.tiny import build, call
 
-FAMILIES = ["sd15", "sdxl", "sd3", "flux", "ltx_video"]
+FAMILIES = ["sd15", pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "flux", "ltx_video"]
 SHELLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "tree": (TreePipeline, {}),
     "smc": (SMCPipeline, {}),

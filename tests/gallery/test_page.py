@@ -327,8 +327,15 @@ def test_two_thousand_entries_scroll_smoothly_and_few_of_them_exist(visit: Visit
     page.wait_for_selector('[data-entry="e1999"]')
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize(("name", "size"), [("desktop", DESK), ("phone", PHONE)])
+@pytest.mark.parametrize(
+    ("name", "size", "theme"),
+    [
+        ("desktop", DESK, "light"),
+        ("phone", PHONE, "dark"),
+        pytest.param("desktop", DESK, "dark", marks=pytest.mark.slow),
+        pytest.param("phone", PHONE, "light", marks=pytest.mark.slow),
+    ],
+)
 def test_axe_finds_nothing(visit: Visit, discs: Any, name: str, size: Any, theme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python").Axe()
     page = visit(discs[0], viewport=size, color_scheme=theme, is_mobile=size is PHONE, has_touch=size is PHONE)

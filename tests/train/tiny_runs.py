@@ -47,10 +47,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"objective": {"dpo": {"reset_every": 2}}},
 }
 WITHOUT_RATIO = ("crd", "nft", "sft", "direct", "dpo")
-EVERY = [  # objectives whose laws others hold too run with `-m slow` alone
-    pytest.param(name, marks=[pytest.mark.slow] if name in ("nft", "sft", "direct", "dpo") else [])
-    for name in sorted(OBJECTIVES)
-]
+REPEATED = ("nft", "sft", "direct", "dpo", "dense_grpo", "prdp")  # whose laws of the loop others hold too: `-m slow`
+EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name in REPEATED else []) for name in sorted(OBJECTIVES)]
 FAKES = Path(__file__).with_name("fake_rewards.py")
 PROMPTS = "red cube\nblue ball\ngreen tree\ngrey boat\n"
 
