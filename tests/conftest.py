@@ -7,6 +7,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import ipaddress
 import socket
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+gc.set_threshold(100_000, 50, 100)  # the libraries' million objects stay; to look through them took a sixth of the time
 torch.set_num_threads(1)
 settings.register_profile("here", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("here")

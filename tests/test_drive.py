@@ -261,6 +261,7 @@ def test_a_walk_from_the_middle_without_latents_says_what_is_missing():
         driver_of("sd3").rollout(ddim(), start=2)
 
 
+@pytest.mark.slow
 def test_the_same_case_walks_the_same_in_two_processes():
     script = (
         "import torch, hashlib; torch.set_num_threads(1)\n"

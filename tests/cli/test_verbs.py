@@ -81,7 +81,7 @@ def test_bench_seam_gives_two_ratios(here: Path):
     [
         ["ls", "rewards"],
         ["generate", "-p", "one", "-r", "brightness"],
-        ["check"],
+        pytest.param(["check"], marks=pytest.mark.slow),
         ["bench", "seam", "--dry-run"],
     ],
     ids=lambda argv: argv[0],

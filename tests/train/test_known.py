@@ -153,7 +153,9 @@ def asked(folder: Path, search: Path, objective: str, **own: Any) -> dict[str, A
     }
 
 
-@pytest.mark.parametrize("objective", ["sft", "nft", "crd", "dpo"])
+@pytest.mark.parametrize(
+    "objective", ["sft", "dpo", *[pytest.param(name, marks=pytest.mark.slow) for name in ("nft", "crd")]]
+)
 def test_what_a_search_found_is_learnt_and_the_loss_falls(tmp_path: Path, objective: str) -> None:
     folder = search_run(tmp_path / "run")
     (tmp_path / OTHERS).write_text("green tree\ngrey boat\n")
