@@ -21,7 +21,7 @@ from diffalign.noise import case_noise
 from diffalign.train import rehearsal
 from diffalign.train.advantage import Advantages, advantages
 from diffalign.train.ema import Averages
-from diffalign.train.groups import Grouped, Made
+from diffalign.train.groups import Grouped, Made, in_turn
 from diffalign.train.job import Job
 from diffalign.train.known import Stock, latents
 from diffalign.train.objective import Collected
@@ -145,18 +145,13 @@ class ForwardProcess(Grouped):
 
     def deal(self, job: Job, step: int, micros: Sequence[Clean], rewards: Tensor, found: Advantages) -> None:
         """Give every image its rewards, its advantage, and the levels that its group is learnt at."""
-        groups = torch.tensor([each for each in job.groups_of(job.rank) for _ in range(job.config.group_size)])
-        share = (found.values / (2 * job.config.advantage.clip) + 0.5).clamp(0, 1)
-        weight, first = self.weight(job, found), 0
-        every, total = job.rank * len(found.kept) // job.processes, self.worth(job, rewards)
-        for micro in micros:
-            here = slice(first, first + len(micro))
-            rows = slice(every + first, every + first + len(micro))
-            micro.groups, micro.reward, micro.media = groups[here], total[here], torch.empty(0)
-            micro.advantage, micro.share = found.values[rows], share[rows]
-            micro.weight, micro.clip = found.kept[rows].float() * weight, job.config.advantage.clip
+        total, clip = self.worth(job, rewards), job.config.advantage.clip
+        values, weight = job.own(found.values), job.own(found.kept).float() * self.weight(job, found)
+        for micro, rows in in_turn(micros):
+            micro.groups, micro.reward, micro.media = job.own_groups[rows], total[rows], torch.empty(0)
+            micro.advantage, micro.weight, micro.clip = values[rows], weight[rows], clip
+            micro.share = (micro.advantage / (2 * clip) + 0.5).clamp(0, 1)
             micro.levels = self.drawn(job, step, micro.groups)
-            first += len(micro)
 
     def worth(self, job: Job, rewards: Tensor) -> Tensor:
         """One number (n,) for each image: its reward, or the score that came with it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffalign.cases import Case, batched
 from diffalign.errors import ConfigError
-from diffalign.train.advantage import Advantages, Hardness, advantages
+from diffalign.shaping.groups import numbered
+from diffalign.train.advantage import AdvantageConfig, Advantages, Hardness, advantages
 from diffalign.train.job import Job
 from diffalign.train.preflight import require_advantages
 
@@ -26,6 +27,28 @@ class Made(Protocol):
 
 
 M = TypeVar("M", bound=Made)
+
+
+def in_turn(made: Sequence[M]) -> Iterator[tuple[M, slice]]:
+    """Every micro-batch with its rows among all of this process."""
+    first = 0
+    for each in made:
+        yield each, slice(first, first + len(each.cases))
+        first += len(each.cases)
+
+
+def require_no_advantage(job: Job, reason: str) -> None:
+    """Refuse settings of advantages under an objective that compares no images by them."""
+    given = job.config.advantage
+    if given != AdvantageConfig(missing=given.missing):
+        raise ConfigError(f"advantage has settings that are not read here: {reason} Drop them.")
+
+
+def group_sums(values: Tensor, groups: Tensor) -> Tensor:
+    """For every row of values (B, ...) the sum over the rows of its group."""
+    place = numbered(groups).to(values.device)
+    sums = values.new_zeros(int(place.max()) + 1, *values.shape[1:]).index_add_(0, place, values)
+    return sums[place]
 
 
 def require_whole_groups(job: Job, objective: str) -> None:

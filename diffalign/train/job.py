@@ -1,4 +1,4 @@
-"""A fine-tuning job at run time: the pipeline, what is trained in it, its cases, its rewards, and all processes."""
+"""A fine-tuning job at run time: the pipeline, what is trained in it, its cases and its rewards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from diffalign import media, scoring
 from diffalign.arguments import parameters
-from diffalign.budget import Budget
 from diffalign.cases import Case
 from diffalign.clean_latents import Encoder
 from diffalign.clip_tower import ClipTower
@@ -30,12 +28,13 @@ from diffalign.train.advantage import combined
 from diffalign.train.data import PromptSampler, weights_of
 from diffalign.train.known import Stock
 from diffalign.train.settings import TrainConfig
+from diffalign.train.team import Team
 
 PER_STEP = "train"  # the stream that names the seeds of a step's images
 
 
-@dataclass
-class Job:
+@dataclass(kw_only=True)
+class Job(Team):
     """Everything an objective may use."""
 
     config: TrainConfig
@@ -47,69 +46,11 @@ class Job:
     monitor: Sequence[Case]  # the cases of every evaluation
     members: Sequence[tuple[Reward, float]]  # rewards with their weights
     trained: Trained
-    accelerator: Any
-    folder: Path
-    seed: int = 0
-    budget: Budget = field(default_factory=Budget)
     truth: Reward | None = None
     panel: Sequence[tuple[str, Reward]] = ()
     tower: ClipTower | None = None  # what variety is measured in
     stock: Stock | None = None  # pictures to learn from, where none are drawn
     others: dict[str, Driver] = field(default_factory=dict)  # of other arguments, by what differs
-    say: Callable[[str], None] = lambda text: None  # a line for people
-
-    # processes
-
-    @property
-    def processes(self) -> int:
-        return int(self.accelerator.num_processes)
-
-    @property
-    def rank(self) -> int:
-        return int(self.accelerator.process_index)
-
-    @property
-    def main(self) -> bool:
-        return bool(self.accelerator.is_main_process)
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """Rows (n, ...) of this process -> those of all (n x processes, ...), in the order of the processes."""
-        if self.processes == 1:
-            return rows
-        found: Tensor = self.accelerator.gather(rows.to(self.device).contiguous())
-        return found.to(rows.device)
-
-    def from_main(self, value: Any) -> Any:
-        """What the main process has here."""
-        if self.processes == 1:
-            return value
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([value])[0]
-
-    def mean(self, figures: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """The mean over processes of each figure."""
-        names = sorted(figures)
-        values = torch.tensor([float(figures[name]) for name in names], dtype=torch.float64)
-        if self.processes > 1 and names:
-            values = self.gather(values[None]).mean(0)
-        return dict(zip(names, values.tolist(), strict=True))
-
-    @cached_property
-    def sharded(self) -> bool:
-        """Whether every process holds only its part of the weights."""
-        return any(hasattr(parameter, "device_mesh") for parameter in self.trained.parameters())
-
-    @property
-    def device(self) -> torch.device:
-        found: torch.device = self.accelerator.device
-        return found
-
-    @property
-    def updates_each(self) -> int:
-        """Optimiser steps of a rollout."""
-        micros = -(-self.config.images // self.processes // self.config.micro_batch)
-        return min(self.config.updates, micros) * self.config.passes
 
     # cases
 
@@ -137,6 +78,11 @@ class Job:
         """(N,) group of every image of a step, over all processes in their order."""
         groups = [group for rank in range(self.processes) for group in self.groups_of(rank)]
         return torch.tensor(groups).repeat_interleave(self.config.group_size)
+
+    @property
+    def own_groups(self) -> Tensor:
+        """(n,) group of every image of this process."""
+        return self.own(self.group_ids)
 
     def task_ids(self, step: int) -> Tensor:
         """(N,) task of every image of a step, in the order of `group_ids`; every process knows all of them."""
@@ -253,30 +199,6 @@ class Job:
                 "can read. Look at the warnings above, or raise invalid_limit."
             )
         return lost
-
-    # learning
-
-    def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
-
-    def share_gradients(self) -> None:
-        """The mean over processes of every gradient, in one exchange; what no process has a gradient for keeps none."""
-        if self.processes == 1 or self.sharded:  # shards exchange theirs in the backward pass
-            return
-        import torch.distributed as dist
-
-        named = self.trained.parameters()
-        found = torch.tensor([parameter.grad is not None for parameter in named], device=self.device).float()
-        dist.all_reduce(found)
-        reached = [parameter for parameter, count in zip(named, found.tolist(), strict=True) if count]
-        if not reached:
-            return
-        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in reached]
-        flat = torch.cat([grad.flatten() for grad in own])
-        dist.all_reduce(flat)
-        means = torch.split(flat / self.processes, [grad.numel() for grad in own])
-        for parameter, mean in zip(reached, means, strict=True):
-            parameter.grad = mean.view_as(parameter)
 
 
 @torch.no_grad()

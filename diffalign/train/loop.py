@@ -2,157 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
-from diffalign.errors import ModelError
-from diffalign.train import alarm_page, checkpoint, evaluate, interrupt, state
-from diffalign.train.checkpoint import Checkpoint
-from diffalign.train.ema import Ema, whole
+from diffalign.train import alarm_page, evaluate
 from diffalign.train.job import Job
-from diffalign.train.objective import Objective, Refreshes
-from diffalign.train.run_folder import Metrics
+from diffalign.train.objective import Objective
+from diffalign.train.steps import Steps
 from diffalign.train.watch import Verdict, Watch
 
-BAD_UPDATES = 3  # in a row that end the run: one may be an accident
-BAD_SCALES = 20  # the same where a scaler of half precision halves its scale from 65536 until nothing overflows
 
+class Loop(Steps):
+    """One run of one fine-tuning job, watched."""
 
-class Loop:
-    """One run of one job."""
+    job: Job
+    objective: Objective
 
     def __init__(self, job: Job, objective: Objective, *, track: Callable[[dict[str, float], int], None]) -> None:
-        self.job, self.objective, self.track = job, objective, track
-        config, optim = job.config, job.config.optim
-        adamw = torch.optim.AdamW(
-            job.trained.parameters(),
-            lr=optim.learning_rate,
-            betas=optim.betas,
-            eps=optim.epsilon,
-            weight_decay=optim.weight_decay,
-        )
-        self.optimizer = job.accelerator.prepare_optimizer(adamw)
-        self.ema = Ema(job.trained.named_parameters(), config.ema, every=config.ema_every)
-        self.watch = Watch(config.watch)
-        self.metrics = Metrics(job.folder)
-        self.step = self.first = 0  # steps that are done, now and when this process began
-        self.resumed = False
-        self.updates = self.bad = self.skipped = 0
-        self.spent = {"seconds": 0.0, "nfe": 0}  # by earlier parts of a resumed run
-        self.judging = {"judging_seconds": 0.0, "judging_nfe": 0.0}  # what of all that went into evaluations
-        self.since = time.perf_counter()
+        super().__init__(job, objective, track=track)
+        self.watch = Watch(job.config.watch)
         self.alarms: list[dict[str, Any]] = []
-        self.training: dict[str, float] = {}  # the latest figures of learning, for the watch
-        self.stopping = False
-        self.went_back: int | None = None  # the step whose weights the watch brought back
-        self.ended = ""  # why the run ended before its last step
-        self.halted = ""  # the same where the watch ended it, which a resumed run abides by
 
-    # the run
+    def begin(self) -> None:
+        self.objective.prepare(self.job)
 
-    def run(self, show: Callable[[int, Mapping[str, Any]], None]) -> None:
-        """Train to the last step, or until the time is over, the watch says stop, or someone asks."""
-        config, self.since = self.job.config, time.perf_counter()
-        with interrupt.heard(self._asked):
-            if self.halted:
-                self._halt()
-            elif self.resumed and self.job.mean({"late": float(self._late())})["late"]:
-                self.ended = "the time is over"
-            if not self.resumed:
-                self.objective.prepare(self.job)
-                self._judge(show)
-            while self.step < config.steps and not self.ended:
-                row = self._one_step()
-                self.step += 1
-                due = self.step % config.evaluate.every == 0 or self.step == config.steps
-                told = self.job.mean({"asked": float(self.stopping), "late": float(self._late())})
-                asked, late = told["asked"] > 0, told["late"] > 0
-                self.ended = interrupt.ASKED if asked else "the time is over" if late else ""
-                if due or late:
-                    self._judge(show, row)
-                else:
-                    self._log(row, show)
-                    if self.ended or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
-                        self.save()
-
-    def _one_step(self) -> dict[str, float]:
-        """Collect and learn; figures of all processes."""
+    def look(self) -> dict[str, Any]:
+        """Draw what training is judged by, let the watch see it, and keep pictures."""
         job = self.job
-        found = self.objective.collect(job, self.step)
-        parts = _parts(found.micros, job.config.updates) * job.config.passes
-        told = [self._update(part) for part in parts]
-        row = {name: sum(each[name] for each in told) / len(told) for name in told[0]}
-        row["skipped"] = float(self.skipped)
-        self.training = {**found.stats, **row}
-        return self.training
-
-    def _update(self, micros: Sequence[Any]) -> dict[str, float]:
-        """One optimiser step over some micro-batches."""
-        job, rows = self.job, sum(len(micro) for micro in micros)
-        told: dict[str, Any] = {}
-        if isinstance(self.objective, Refreshes):
-            self.objective.refresh(job, micros)
-        for micro in micros:
-            for name, value in self.objective.learn(job, micro, len(micro) / rows).items():
-                told[name] = told.get(name, 0.0) + float(value)
-        told = job.mean(told)
-        rate = self._rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        job.share_gradients()
-        if self._taught:
-            job.accelerator.unscale_gradients(self.optimizer)
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(job.trained.parameters(), job.config.optim.clip_norm)))
-        told |= {"grad_norm": norm, "lr": rate}
-        self._apply(math.isfinite(norm) and math.isfinite(told.get("loss", 0.0)), math.isfinite(told.get("loss", 0.0)))
-        return told
-
-    @property
-    def _taught(self) -> bool:
-        """Whether there is any gradient: where all advantages are 0 there is none, and a scaler cannot do without."""
-        return any(parameter.grad is not None for parameter in self.job.trained.parameters())
-
-    def _apply(self, sound: bool, finite: bool) -> None:
-        """Step where loss and gradient are finite; else skip, and end the run where that happens again and again."""
-        scaler = self.job.accelerator.scaler
-        most = BAD_SCALES if finite and scaler is not None else BAD_UPDATES
-        if self._taught and (sound or scaler is not None):  # a scaler skips by itself, and lowers its scale
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
-        self.bad = 0 if sound else self.bad + 1
-        self.skipped += not sound
-        if sound:
-            self.ema.update(self.updates - 1)
-        if self.bad >= most:
-            raise ModelError(
-                f"the loss or its gradient was not finite in {self.bad} updates in a row, the last in step "
-                f"{self.step}. Nothing was learnt from them. Lower optim.learning_rate, or train with precision=no."
-            )
-
-    def _rate(self) -> float:
-        """The learning rate of the next update."""
-        optim, last = self.job.config.optim, self.job.config.steps * self.job.updates_each
-        warm = min(1.0, (self.updates + 1) / optim.warmup) if optim.warmup else 1.0
-        cosine = (1 + math.cos(math.pi * min(self.updates / last, 1.0))) / 2 if optim.decay == "cosine" else 1.0
-        return optim.learning_rate * warm * cosine
-
-    def _asked(self) -> None:
-        self.stopping = True
-        self.job.say("stopping after this step; once more stops at once")
-
-    # looking
-
-    def _judge(self, show: Callable[[int, Mapping[str, Any]], None], row: Mapping[str, float] | None = None) -> None:
-        """Evaluate, let the watch look, keep pictures and a checkpoint."""
-        job, begun = self.job, self.cost()
         with self.averaged():
             found = evaluate.evaluate(job, self.step, self.training)
         verdict = self.watch.observe(found)
@@ -161,26 +37,11 @@ class Loop:
             if self.step == 0:
                 evaluate.keep_base(job.folder, found)
         self._raise_alarms(verdict, found)
-        line = {**(row or {}), **verdict.metrics, **evaluate.figures(found, self.watch.base, job.seed)}
-        ended = self.cost()
-        for name in ("seconds", "nfe"):
-            self.judging[f"judging_{name}"] += ended[name] - begun[name]
-        self._log(line, show)
         if verdict.action in ("stop", "rollback"):
             names = ", ".join(alarm.signature for alarm in verdict.alarms)
             self.halted = f"the watch says {verdict.action} ({names})"
             self.went_back = verdict.best_step if verdict.action == "rollback" else None
-        self.save(verdict.best_step)
-        if self.halted:
-            self._halt()
-
-    def _halt(self) -> None:
-        """End the run as the watch said, with the weights it said."""
-        self.ended = self.halted
-        if self.went_back is not None:
-            best = checkpoint.load(self._checkpoints / f"step-{self.went_back}", self.job.rank)
-            state.restore_weights(self, best)
-            self.ended += f": back to step {self.went_back}"
+        return {**verdict.metrics, **evaluate.figures(found, self.watch.base, job.seed)}
 
     def _raise_alarms(self, verdict: Verdict, found: Any) -> None:
         for alarm in verdict.alarms:
@@ -198,73 +59,14 @@ class Loop:
                 )
 
     @property
-    def chosen(self) -> int:
-        """The step whose weights are in the model."""
-        return self.went_back if self.went_back is not None else self.step
+    def best(self) -> int | None:
+        return self.watch.best_step
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """A block with the weights that are evaluated and saved."""
-        with self.ema.swapped() if self.job.config.ema and self.job.config.evaluate.averaged else nullcontext():
-            yield
+    def more(self) -> dict[str, Any]:
+        return {"alarms": self.alarms, "watch": self.watch.state_dict()}
 
-    def _log(self, row: Mapping[str, Any], show: Callable[[int, Mapping[str, Any]], None]) -> None:
-        cost = self.cost()
-        pace = {"images_per_second": (self.step - self.first) * self.job.config.images / self._seconds}
-        if self.job.main:
-            self.metrics.values.append({"step": self.step, **row})
-            self.metrics.timing.append({"step": self.step, **cost, **pace})
-            self.track({k: v for k, v in {**row, **pace}.items() if isinstance(v, float)}, self.step)
-        show(self.step, {**row, **pace})
-
-    def cost(self) -> dict[str, float]:
-        """Seconds and model calls so far, those before a resumption included, and what of them evaluations took."""
-        return {
-            "seconds": self.spent["seconds"] + self._seconds,
-            "nfe": self.spent["nfe"] + self.job.budget.nfe * self.job.processes,
-            **self.judging,
-        }
-
-    @property
-    def _seconds(self) -> float:
-        return time.perf_counter() - self.since
-
-    def _late(self) -> bool:
-        minutes = self.job.config.minutes
-        return minutes is not None and self.cost()["seconds"] >= 60 * minutes
-
-    # checkpoints
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.job.folder / "checkpoints"
-
-    def kept(self, step: int) -> bool:
-        """Whether there is a checkpoint of a step."""
-        return (self._checkpoints / f"step-{step}").is_dir()
-
-    def save(self, best: int | None = None) -> None:
-        """Keep everything a resumed run needs; the best checkpoint and the latest few stay."""
-        job = self.job
-        checkpoint.save(
-            self._checkpoints,
-            self.step,
-            state.of(self),
-            rank=job.rank,
-            processes=job.processes,
-            barrier=job.accelerator.wait_for_everyone,
-        )
-        if job.main:
-            protected = self.watch.best_step if best is None else best
-            checkpoint.prune(self._checkpoints, job.config.keep, protect=(protected,))
-
-    def restore(self, found: Checkpoint) -> None:
-        """Go on from a checkpoint."""
-        state.restore(self, found)
-
-
-def _parts(micros: Sequence[Any], count: int) -> list[Sequence[Any]]:
-    """Micro-batches in `count` runs of neighbours, as even as they can be; an update needs at least one."""
-    count = min(count, len(micros))
-    cuts = [round(k * len(micros) / count) for k in range(count + 1)]
-    return [micros[a:b] for a, b in pairwise(cuts)]
+    def restore_more(self, state: Mapping[str, Any]) -> None:
+        self.alarms = list(state["alarms"])
+        self.watch.load_state_dict(state["watch"])
+        if not self.kept(self.watch.best_step):  # a checkpoint of another folder, or one older than the best of its run
+            self.watch.forget_best()

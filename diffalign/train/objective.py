@@ -29,8 +29,23 @@ class Collected:
     stats: dict[str, float] = field(default_factory=dict)
 
 
-class Objective(Protocol):
-    """Collect without gradients, then learn from one micro-batch at a time."""
+class Teaches(Protocol):
+    """What a training step is made of: collect without gradients, then learn from one micro-batch at a time."""
+
+    def collect(self, job: Any, step: int) -> Collected:
+        """The data of a step."""
+
+    def learn(self, job: Any, micro: Any, share: float) -> Mapping[str, Tensor]:
+        """Backward through `job.backward` of this micro-batch's share of the loss; figures as sums of shares."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights."""
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Objective(Teaches, Protocol):
+    """What raises the rewards of a pipeline."""
 
     name: ClassVar[str]
     settings: ClassVar[type[Any]]  # the frozen dataclass of its config
@@ -42,17 +57,6 @@ class Objective(Protocol):
 
     def prepare(self, job: Job) -> None:
         """What is measured once before the first step, such as a calibration."""
-
-    def collect(self, job: Job, step: int) -> Collected:
-        """The data of a step."""
-
-    def learn(self, job: Job, micro: Any, share: float) -> Mapping[str, Tensor]:
-        """Backward through `job.backward` of this micro-batch's share of the loss; figures as sums of shares."""
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the weights."""
-
-    def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
 @runtime_checkable
@@ -67,7 +71,7 @@ class Rehearses(Protocol):
 class Refreshes(Protocol):
     """An objective that looks at all micro-batches of an update before it learns from the first."""
 
-    def refresh(self, job: Job, micros: Sequence[Any]) -> None:
+    def refresh(self, job: Any, micros: Sequence[Any]) -> None:
         """Prepare the micro-batches for the present weights."""
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,59 +36,64 @@ class Rehearsal:
     spread: float | None = None  # standard deviation of the reward, where there is one
 
 
+class Cost:
+    """Seconds and model rows of some images, and what a step of them all takes."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.seconds, self.rows = job, 0.0, 0
+
+    @contextmanager
+    def of(self, times: int = 1) -> Iterator[None]:
+        """Count a block, as if it ran so many times."""
+        before, start = self.job.budget.nfe, time.perf_counter()
+        yield
+        self.rows += times * (self.job.budget.nfe - before)
+        self.seconds += times * (time.perf_counter() - start)
+
+    def step(self, images: int) -> tuple[float, int]:
+        """Seconds of a step, and its rows over all processes, where so many images of one process were counted."""
+        many = self.job.config.images / self.job.processes / images
+        return self.seconds * many, round(self.rows * many) * self.job.processes
+
+
 def rehearse(job: Job, objective: PolicyGradient) -> Rehearsal:
     """Sample, score and replay a micro-batch; the test of the ratio is no part of a step and is not charged."""
     _require_noise(job, objective)
     cases = job.cases_of(0)[: job.config.micro_batch]
-    before, start = job.budget.nfe, time.perf_counter()
-    rollouts, rewards = objective.sampled(job, 0, cases)
-    objective.step_rewards(job, rollouts, rewards)
-    rows, seconds = job.budget.nfe - before, time.perf_counter() - start
+    cost = Cost(job)
+    with cost.of():
+        rollouts, rewards = objective.sampled(job, 0, cases)
+        objective.step_rewards(job, rollouts, rewards)
     off = _ratio_off(job, objective, rollouts[0])
     objective.pretend(rollouts[0])
-    before, start = job.budget.nfe, time.perf_counter()
-    objective.learn(job, rollouts[0], 1.0)
-    passes = job.config.passes
-    rows, seconds = (
-        rows + passes * (job.budget.nfe - before),
-        seconds + passes * (time.perf_counter() - start),
-    )
-    many = job.config.images / job.processes / len(cases)
-    spread = _spread(job, objective, rewards)
-    return Rehearsal(seconds * many, round(rows * many) * job.processes, off, spread)
+    with cost.of(times=job.config.passes):
+        objective.learn(job, rollouts[0], 1.0)
+    return Rehearsal(*cost.step(len(cases)), off, _spread(job, objective, rewards))
 
 
 def of_images(job: Job, objective: ForwardProcess) -> Rehearsal:
     """Draw and score a micro-batch, and learn from it as if some were better and some worse."""
     state, cases = objective.state(), job.cases_of(0)[: job.config.micro_batch]
-    before, start = job.budget.nfe, time.perf_counter()
-    micros, rewards = objective.sampled(job, 0, cases)
-    rows, seconds = job.budget.nfe - before, time.perf_counter() - start
-    before, start = job.budget.nfe, time.perf_counter()
+    cost = Cost(job)
+    with cost.of():
+        micros, rewards = objective.sampled(job, 0, cases)
     objective.pretend(job, micros)
-    if isinstance(objective, Refreshes):
-        objective.refresh(job, micros)
-    for micro in micros:
-        objective.learn(job, micro, 1.0)
-    passes = job.config.passes
-    rows, seconds = (
-        rows + passes * (job.budget.nfe - before),
-        seconds + passes * (time.perf_counter() - start),
-    )
-    scored = rewards.shape[1] == len(job.members) and objective.draws
-    spread = _spread(job, objective, rewards) if scored else float(rewards.std(correction=0))
+    with cost.of(times=job.config.passes):
+        if isinstance(objective, Refreshes):
+            objective.refresh(job, micros)
+        for micro in micros:
+            objective.learn(job, micro, 1.0)
+    spread = _spread(job, objective, rewards) if objective.draws else float(rewards.std(correction=0))
     objective.restore(state)
-    many = job.config.images / job.processes / len(cases)
-    return Rehearsal(seconds * many, round(rows * many) * job.processes, spread=spread)
+    return Rehearsal(*cost.step(len(cases)), spread=spread)
 
 
 def of_one(job: Job, objective: Objective, micro: Any) -> Rehearsal:
     """Learn from one micro-batch of the first step, where drawing it is a part of that."""
-    before, start = job.budget.nfe, time.perf_counter()
-    objective.learn(job, micro, 1.0)
-    many = job.config.images * job.config.passes / job.processes / len(micro)
-    rows, seconds = job.budget.nfe - before, time.perf_counter() - start
-    return Rehearsal(seconds * many, round(rows * many) * job.processes)
+    cost = Cost(job)
+    with cost.of(times=job.config.passes):
+        objective.learn(job, micro, 1.0)
+    return Rehearsal(*cost.step(len(micro)))
 
 
 def _require_noise(job: Job, objective: PolicyGradient) -> None:

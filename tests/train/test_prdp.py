@@ -164,5 +164,8 @@ def test_settings_without_sense_are_refused(given: dict[str, Any], says: str) ->
 
 
 def test_advantages_that_would_not_be_read_are_refused() -> None:
-    with pytest.raises(ConfigError, match="does not read"), jobs.job("sd3", "prdp", advantage={"normalise": "dr"}):
+    with (
+        pytest.raises(ConfigError, match="differences of the rewards themselves"),
+        jobs.job("sd3", "prdp", advantage={"normalise": "dr"}),
+    ):
         pass

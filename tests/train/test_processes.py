@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from diffalign.errors import ConfigError, OutputError
-from diffalign.train import checkpoint, evaluate, interrupt, loop, processes
+from diffalign.train import checkpoint, evaluate, interrupt, processes, steps
 from diffalign.train.job import Job
 from diffalign.train.policy import PolicyGradient
 from tests.train.pairs import EXACT, MOMENTS, PATIENCE, Pair, alike, before, both, pair
@@ -195,7 +195,7 @@ def test_an_error_of_the_main_process_alone_ends_all_with_its_message(where: str
 
     def work(rank: int) -> None:
         if where == "metrics":
-            loop.Metrics.__init__ = full  # type: ignore[method-assign]
+            steps.Metrics.__init__ = full  # type: ignore[method-assign]
         elif where == "samples":
             evaluate.keep_samples = full
         if where != "lock":

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import ConfigError
+from diffalign.shaping.groups import numbered
 from diffalign.train.advantage import Advantages
 from diffalign.train.forward import ForwardProcess
-from diffalign.train.groups import require_whole_groups
+from diffalign.train.groups import group_sums, in_turn, require_whole_groups
 from diffalign.train.job import Job
 from diffalign.train.renoised import (
     AnchorConfig,
@@ -106,18 +107,10 @@ def pulls(share: Tensor, groups: Tensor, valid: Tensor, temperature: float | Non
     return torch.stack(columns, 1)
 
 
-def group_sums(values: Tensor, groups: Tensor) -> Tensor:
-    """For every row of values (B, ...) the sum over the rows of its group."""
-    _, place = torch.unique(groups, return_inverse=True)
-    place = place.to(values.device)
-    sums = values.new_zeros(int(place.max()) + 1, *values.shape[1:]).index_add_(0, place, values)
-    return sums[place]
-
-
 def group_max(values: Tensor, groups: Tensor) -> Tensor:
     """For every row of values (B,) the largest of its group."""
-    _, place = torch.unique(groups, return_inverse=True)
-    found = torch.full((int(place.max()) + 1,), -torch.inf, dtype=values.dtype)
+    place = numbered(groups)
+    found = values.new_full((int(place.max()) + 1,), -torch.inf)
     return found.scatter_reduce(0, place, values, "amax")[place]
 
 
@@ -148,11 +141,8 @@ class CRD(ForwardProcess):
         share, groups, weight = Clean.joined(micros, "share", "groups", "weight")
         pull = pulls(share, groups, weight > 0, self.config.temperature)
         wanted = share.double()[:, None] - group_sums(pull * share.double()[:, None], groups)
-        first = 0
-        for micro in micros:
-            rows = slice(first, first + len(micro))
+        for micro, rows in in_turn(micros):
             micro.notes = {"pull": pull[rows], "wanted": wanted[rows]}
-            first += len(micro)
 
     def refresh(self, job: Job, micros: Sequence[Clean]) -> None:
         """The mean implicit reward of prompts whose images stand in several micro-batches."""
@@ -168,9 +158,9 @@ class CRD(ForwardProcess):
                     gains[place.draw, place.rows] = self.gain(place, self.seen_by(place, place.driver), old).cpu()
             found.append(gains)
         pull, groups = torch.cat([m.notes["pull"] for m in micros]), torch.cat([m.groups for m in micros])
-        each = torch.stack([group_sums(pull * gain[:, None], groups) for gain in torch.cat(found, 1)])  # (draws, B, W)
-        for micro, centre in zip(micros, torch.split(each, [len(m) for m in micros], 1), strict=True):
-            micro.centre = list(centre)
+        centres = [group_sums(pull * gain[:, None], groups) for gain in torch.cat(found, 1)]  # draws x (B, W)
+        for micro, rows in in_turn(micros):
+            micro.centre = [centre[rows] for centre in centres]
 
     def gain(self, place: Place, prediction: Tensor, old: Tensor) -> Tensor:
         """The implicit reward (b,) at a place."""

@@ -31,7 +31,7 @@ from diffalign.errors import ConfigError, NotDifferentiable
 from diffalign.noise import case_noise, ddim
 from diffalign.restore import checkpointed
 from diffalign.train import rehearsal
-from diffalign.train.advantage_config import AdvantageConfig
+from diffalign.train.groups import require_no_advantage
 from diffalign.train.job import Job
 from diffalign.train.objective import Collected
 from diffalign.train.rehearsal import Rehearsal
@@ -138,11 +138,7 @@ class Direct:
                     f"direct goes back through the reward, and '{reward.name}' {lacks}. Use crd, nft or flow_grpo with "
                     "it, or a reward such as clip, which has a gradient."
                 )
-        if job.config.advantage != AdvantageConfig(missing=job.config.advantage.missing):
-            raise ConfigError(
-                "advantage has settings that direct does not read: it climbs the reward itself. Drop them; scale and "
-                "threshold shape what is climbed."
-            )
+        require_no_advantage(job, "direct climbs the reward itself, which scale and threshold shape.")
         if self.config.rule == "last" and (self.config.steps or 0) > job.length:
             raise ConfigError(
                 f"steps is {self.config.steps}, but the sampler has only {job.length}. Leave it out for all of them."
@@ -178,11 +174,11 @@ class Direct:
         with checkpointed(decoders, on=self.config.checkpoint_decode):
             made, clean, penalty = self.drawn(job, driver, micro.cut)
             passes = 1 + self.config.extra
-            weight = share / passes if self.config.average else share
-            self._back(job, micro, made, penalty, weight, told)
+            scale = 1 / passes if self.config.average else 1.0
+            self._back(job, micro, made, penalty, scale, share, told)
             for k in range(self.config.extra):
-                self._back(job, micro, *self.again(job, driver, clean, k), weight, told)
-        return {name: value / (weight / share * passes) if name != "loss" else value for name, value in told.items()}
+                self._back(job, micro, *self.again(job, driver, clean, k), scale, share, told)
+        return told | {name: told[name] / passes for name in ("reward", "invalid")}
 
     def drawn(self, job: Job, driver: Driver, cut: int) -> tuple[Tensor, Tensor, Tensor]:
         """Media (B, ...) of one walk with its gradient, its clean latents without, and the penalty (B,)."""
@@ -230,7 +226,14 @@ class Direct:
         return self.config.anchor * torch.stack(gaps).mean(0)
 
     def _back(
-        self, job: Job, micro: Images, made: Tensor, penalty: Tensor, weight: float, told: dict[str, Tensor]
+        self,
+        job: Job,
+        micro: Images,
+        made: Tensor,
+        penalty: Tensor,
+        scale: float,
+        share: float,
+        told: dict[str, Tensor],
     ) -> None:
         """Score, and go back through what was drawn."""
         job.budget.charge(reward_calls=len(micro) * len(job.members))
@@ -240,14 +243,15 @@ class Direct:
         if len(self._seen) < -(-job.config.images // job.processes // job.config.micro_batch):
             self._seen.append(members.detach().cpu())
         loss = self.config.loss(total[valid]).sum() + penalty.to(total)[valid].sum()
-        job.backward(loss * (weight / len(micro)))
+        loss = loss * (scale / len(micro))
+        job.backward(loss * share)
         found = {
-            "loss": loss / len(micro),
+            "loss": loss,
             "reward": total.detach().nanmean().nan_to_num(),
             "invalid": (~valid).float().mean(),
         }
         for name, value in found.items():
-            told[name] = told[name] + value.detach().float().cpu() * weight
+            told[name] = told[name] + value.detach().float().cpu() * share
 
 
 def _pixels(made: Any) -> Tensor:

@@ -27,8 +27,8 @@ from torch.nn.functional import logsigmoid
 from diffalign.errors import ConfigError
 from diffalign.train.advantage import Advantages
 from diffalign.train.forward import ForwardProcess
+from diffalign.train.groups import group_sums, in_turn
 from diffalign.train.job import Job
-from diffalign.train.objectives.crd import group_sums
 from diffalign.train.renoised import Clean, ForwardConfig, NoAnchor, Place, Seen, mean_error
 
 
@@ -106,14 +106,12 @@ class DPO(ForwardProcess):
             sign = torch.where(found.kept, found.values, 0.0).sign()  # of all processes; the mean is neither
         else:
             sign = ends(found.values, found.kept, job.group_ids)
-        scale = len(sign) / max(int((sign != 0).sum()), 1)
-        weight, first = (sign != 0).float() * scale, job.rank * len(found.kept) // job.processes
+        weight = (sign != 0).float() * len(sign) / max(int((sign != 0).sum()), 1)
         if self.config.loss == "kto":
             weight = weight * torch.where(sign > 0, self.config.liked, self.config.disliked)
-        for micro in micros:
-            rows = slice(first, first + len(micro))
+        sign, weight = job.own(sign), job.own(weight)
+        for micro, rows in in_turn(micros):
             micro.weight, micro.notes = weight[rows], {"sign": sign[rows]}
-            first += len(micro)
 
     def noise_seeds(self, micro: Clean) -> Sequence[int]:
         """A pair has one noise: that of the first image of its prompt; for kto each image has its own."""

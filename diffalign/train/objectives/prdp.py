@@ -26,9 +26,8 @@ from torch import Tensor
 
 from diffalign.errors import ConfigError
 from diffalign.noise import Convention
-from diffalign.train.advantage_config import AdvantageConfig
 from diffalign.train.credit import CreditConfig
-from diffalign.train.groups import require_whole_groups
+from diffalign.train.groups import in_turn, require_no_advantage, require_whole_groups
 from diffalign.train.job import Job
 from diffalign.train.objective import Collected
 from diffalign.train.objectives.flow_grpo import clip_figures
@@ -105,12 +104,7 @@ class PRDP(PolicyGradient):
     def check(self, job: Job) -> None:
         super().check(job)
         require_whole_groups(job, self.name)
-        given = job.config.advantage
-        if given != AdvantageConfig(missing=given.missing):
-            raise ConfigError(
-                "advantage has settings that prdp does not read: it learns differences of the rewards themselves. Drop "
-                "them; beta sets the scale."
-            )
+        require_no_advantage(job, "prdp learns differences of the rewards themselves, and beta sets their scale.")
 
     @property
     def penalised(self) -> bool:
@@ -120,15 +114,12 @@ class PRDP(PolicyGradient):
         """Walks with their rewards and the base model's log-densities."""
         rollouts, rewards = self.sampled(job, step, job.cases_of(step))
         _, told = self.judge(job, step, rollouts, rewards)
-        groups = torch.tensor([group for group in job.groups_of(job.rank) for _ in range(job.config.group_size)])
-        total, first = job.total(rewards), 0
-        for rollout in rollouts:
-            rows = slice(first, first + len(rollout))
+        total = job.total(rewards)
+        for rollout, rows in in_turn(rollouts):
             rollout.walk.predictions = []
             with torch.no_grad(), job.trained.reference():
                 base = rollout.replay(self.config.density, grad=False).detach()
-            rollout.notes = {"base": base, "reward": total[rows], "group": groups[rows]}
-            first += len(rollout)
+            rollout.notes = {"base": base, "reward": total[rows], "group": job.own_groups[rows]}
         self._fresh = True
         return Collected(rollouts, told)
 
@@ -150,11 +141,8 @@ class PRDP(PolicyGradient):
             loss = torch.stack(told).mean()
             (slope,) = torch.autograd.grad(loss, leaf)
         self._loss = loss.detach().float()
-        scale, first = slope.shape[0] * slope.shape[1], 0
-        for micro in micros:
-            rows = slice(first, first + len(micro))
-            micro.advantages = (-slope[:, rows] * scale).T.float().contiguous()
-            first += len(micro)
+        for micro, rows in in_turn(micros):
+            micro.advantages = (-slope[:, rows] * slope.numel()).T.float().contiguous()
 
     def loss(self, seen: Seen) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The slope of the regression, along the log-density of one step."""

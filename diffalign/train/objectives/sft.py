@@ -17,6 +17,7 @@ from torch import Tensor
 from diffalign.errors import ConfigError
 from diffalign.train.advantage import Advantages
 from diffalign.train.forward import ForwardProcess
+from diffalign.train.groups import in_turn
 from diffalign.train.job import Job
 from diffalign.train.renoised import Clean, ForwardConfig, NoAnchor, Seen, mean_error
 
@@ -66,10 +67,9 @@ class SFT(ForwardProcess):
         chosen = best_of(found.values, found.kept, job.group_ids, self.config.keep)  # of all processes
         if job.config.group_size == 1:
             chosen = found.kept
-        scale, first = len(chosen) / max(int(chosen.sum()), 1), job.rank * len(found.kept) // job.processes
-        for micro in micros:
-            micro.weight = chosen[first : first + len(micro)].float() * scale
-            first += len(micro)
+        weight = job.own(chosen).float() * len(chosen) / max(int(chosen.sum()), 1)
+        for micro, rows in in_turn(micros):
+            micro.weight = weight[rows]
 
     def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         return mean_error(seen.prediction, seen.place.target).float(), {}
