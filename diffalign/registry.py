@@ -7,13 +7,13 @@ import importlib
 import importlib.resources
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
-from diffalign import config, loading
+from diffalign import config, loading, own_rewards
 from diffalign.errors import ConfigError, ModelError, UnknownName
 
 REWARDS, PIPELINES = "diffalign.rewards", "diffalign.pipelines"
@@ -142,7 +142,9 @@ def find_reward(name: str) -> Any:
     points = loading.plugins(REWARDS)
     if name in points:
         return _unpack(loading.load_plugin(points[name]), name)
-    raise UnknownName.among("reward", name, reward_names(), "diffalign ls rewards")
+    if name in own_rewards.names():
+        return find_reward("trained")
+    raise UnknownName.among("reward", name, [*reward_names(), *own_rewards.names()], "diffalign ls rewards")
 
 
 def reward_names() -> list[str]:
@@ -156,6 +158,9 @@ def rewards() -> list[RewardInfo]:
     for name, target in {**_rewards, **dict(_working_plugins())}.items():
         if name not in found:
             found[name] = _from_object(name, target)
+    for name, folder in own_rewards.names().items():
+        if name not in found and (folder / own_rewards.CARD).is_file():
+            found[name] = _from_training(name, folder)
     return [found[name] for name in sorted(found)]
 
 
@@ -256,6 +261,18 @@ def _from_object(name: str, target: Any) -> RewardInfo:
         installable=True,
         meaning=(getattr(target, "__doc__", None) or "").strip().partition("\n")[0],
         source=loading.owner(point) if point else "this process",
+    )
+
+
+def _from_training(name: str, folder: Path) -> RewardInfo:
+    card, told = own_rewards.read_card(folder), cards()["trained"]
+    return replace(
+        _from_card(name, told),
+        meaning=card.meaning,
+        differentiable=card.tower == "clip",
+        cost=f"a pass of {Path(card.base).name}",
+        misses="what its data did not show; people's taste is that of whoever compared, a judge's that of the judge",
+        source=str(folder),
     )
 
 

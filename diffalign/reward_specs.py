@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
-from diffalign import config, registry
+from diffalign import config, own_rewards, registry
 from diffalign.errors import ConfigError, MissingExtra
 from diffalign.judges.secrets import without_secrets
 from diffalign.scoring import FunctionReward, Reward
@@ -22,7 +22,7 @@ def parse_spec(spec: Any) -> list[Weighted]:
     """Every reward a spec asks for, with its weight."""
     if isinstance(spec, str):
         name, weight = _split(spec)
-        return [(_make(registry.find_reward(name), name, {}), weight)]
+        return [(_named(name, {}), weight)]
     if isinstance(spec, Mapping):
         found = [_from_entry(str(name), entry) for name, entry in spec.items()]
     elif isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[1], int | float):
@@ -59,14 +59,24 @@ def _weight(value: Any, name: str) -> float:
 
 def _from_entry(name: str, entry: Any) -> Weighted:
     if not isinstance(entry, Mapping):
-        return _make(registry.find_reward(name), name, {}), _weight(entry, name)
+        return _named(name, {}), _weight(entry, name)
     options = dict(entry)
     weight = _weight(options.pop("weight", 1.0), name)
     target = str(options.pop("reward", name))  # `sharp: {reward: clip, model: ...}` uses one reward twice
-    reward = _make(registry.find_reward(target), target, options)
+    reward = _named(target, options)
     if target != name:
         object.__setattr__(reward, "name", name)  # a reward may be a frozen dataclass
     return reward, weight
+
+
+def _named(name: str, options: Mapping[str, Any]) -> Reward:
+    """A reward that ships or is installed, or one that was trained here."""
+    folder = None if ":" in name or name in registry.reward_names() else own_rewards.folder_of(name)
+    if folder is None:
+        return _make(registry.find_reward(name), name, options)
+    made = _make(registry.find_reward("trained"), "trained", {"model": str(folder), **options})
+    object.__setattr__(made, "name", own_rewards.called(name, folder))
+    return made
 
 
 def _make(target: Any, name: str, options: Mapping[str, Any]) -> Reward:

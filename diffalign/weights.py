@@ -121,6 +121,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256(together.encode()).hexdigest()[:16]
 
 
+def digest_of_tensors(folder: Path) -> str:
+    """The first 16 digits of the SHA-256 of all safetensors in a folder and the folders in it."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in SAFE)
+    together = "\n".join(f"{path.relative_to(folder)} {digest(path)}" for path in files)
+    return hashlib.sha256(together.encode()).hexdigest()[:16]
+
+
 def cache_folder() -> Path:
     """Where converted weights lie: $DIFFALIGN_CACHE, or diffalign under the user's cache folder."""
     own = os.environ.get("DIFFALIGN_CACHE")

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gc
 import ipaddress
 import socket
+import uuid
 from typing import Any
 
 import pytest
@@ -29,6 +30,12 @@ def _is_local(address: Any) -> bool:
         return ipaddress.ip_address(address[0]).is_loopback
     except ValueError:
         return str(address[0]) == "localhost"
+
+
+@pytest.fixture(autouse=True)
+def _own_rewards(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Rewards that someone trained on this machine are not seen, and none is left behind."""
+    monkeypatch.setenv("DIFFALIGN_REWARDS", str(tmp_path_factory.getbasetemp() / "rewards" / uuid.uuid4().hex))
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # each may import itself and what stands before it
     {"errors"},
-    {"cases", "config", "loading", "registry", "atomic", "vision", "media", "request"},
+    {"cases", "config", "loading", "registry", "atomic", "vision", "media", "request", "own_rewards"},
     {
         "scoring",
         "reward_kinds",
         "score_cache",
         "sqlite_file",
         "calibration",
+        "valued",
         "rules",
         "weights",
         "data",
@@ -58,7 +59,7 @@ ONLY = {  # narrower than their layer
     "world": {"world", "cases", "errors"},
     "rewards": {"scoring", "cases", "registry", "errors", "vision", "clip_tower", "judges", "transport", "world"}
     | {"calibration", "detectors", "endogenous", "probes", "qwen_tower", "rules", "shaping", "weights"}
-    | {"clip_t5_tower"},
+    | {"clip_t5_tower", "own_rewards", "valued"},
     "pipelines": {"shell", "drive", "search", "scoring", "budget", "config", "errors"}
     | {"cases", "media", "noise", "registry", "report", "request", "searching", "search_shell", "trees"},
 }

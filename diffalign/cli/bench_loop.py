@@ -36,7 +36,7 @@ class LoopBench(Verb):
         from diffalign.cli.train import Train
         from diffalign.train.settings import TrainConfig
 
-        built: Any = config.build(Train.whole(), merged(read_config(self.job), self.settings))
+        built: Any = config.build(Train.whole({}), merged(read_config(self.job), self.settings))
         with tempfile.TemporaryDirectory() as folder:
             found = overhead.measure(
                 built.pipeline(),

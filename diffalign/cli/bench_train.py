@@ -75,7 +75,7 @@ class Plan(Verb):
         base = read_config(entry.config) if entry.config else {}
         settings = merged(base, *self.over(entry), {"seed": seed, "out": str(folder)})
         try:
-            built: Any = config.build(Train.whole(), settings)
+            built: Any = config.build(Train.whole(settings), settings)
         except ConfigError as e:
             raise ConfigError(f"run '{name}': {e}") from e
         told = without_secrets(config.plain(built) | {"call": built.pipeline_call()})

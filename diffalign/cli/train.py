@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from diffalign.cli.model import ModelVerb
-from diffalign.cli.verb import Opt
+from diffalign.cli.verb import Opt, Verb
+
+SHOWN = {
+    "reward": "reward",
+    "proxy": "proxy",
+    "truth": "truth",
+    "kl": "kl_base",
+}  # figures of a row, by what we call them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,14 @@ class Train(ModelVerb):
     diffalign train flow_grpo_sd35_24gb prompts=my_prompts.txt evaluate.prompts=others.txt
     accelerate launch --multi_gpu --num_processes 2 -m diffalign train flow_grpo_shapes
     diffalign ls objectives
+
+    A config with `objective: reward` teaches a reward model what people, or a judge, prefer. OUT/reward is the result,
+    which every verb then knows by its name:
+
+    \b
+    diffalign generate --split train --limit 1000 --method best_of_n --n 4 --top-k 4 -r shapes_soft --out out/judged
+    diffalign train reward_shapes data.from_search=[out/judged] name=my_taste --out out/my_taste
+    diffalign generate -p "two red circles" --method best_of_n --n 16 --reward my_taste
     """
 
     NAME: ClassVar[str] = "train"
@@ -44,7 +59,11 @@ class Train(ModelVerb):
     force: Annotated[bool, Opt("Resume although settings changed.")] = False
 
     @classmethod
-    def whole(cls) -> type[Train]:
+    def whole(cls, told: Mapping[str, Any]) -> type[Verb]:
+        if told.get("objective") == "reward":
+            from diffalign.cli.train_reward import with_settings
+
+            return with_settings()
         return _with_settings()
 
     def cost(self) -> dict[str, Any]:
@@ -53,7 +72,7 @@ class Train(ModelVerb):
         return {name: value for name, value in found.items() if name != "dry_run"}
 
     def run(self) -> dict[str, Any]:
-        with _bar(self.steps) as show:
+        with bar(self.steps) as show:
             return self._train(show=show)
 
     def status(self, result: Any) -> int:
@@ -74,7 +93,7 @@ class Train(ModelVerb):
             seed=self.seed,
             out=self.out or "out/train",
             origin={name: getattr(self, name) for name in ("device", "dtype", "attention", "lora", "out")},
-            say=_say,
+            say=say,
             **more,
         )
 
@@ -91,15 +110,17 @@ def _with_settings() -> type[Train]:
     return dataclass(frozen=True, kw_only=True)(Whole)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     from tqdm.auto import tqdm
 
     tqdm.write(text, file=sys.stderr)
 
 
 @contextmanager
-def _bar(steps: int) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-    """A bar with what people look at: reward, truth, KL and images a second; a line per evaluation elsewhere."""
+def bar(
+    steps: int, names: Mapping[str, str] = SHOWN, look: str = "proxy"
+) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """A bar with the figures that people look at, and images a second; elsewhere a line for each row with a `look`."""
     import os
 
     from tqdm.auto import tqdm
@@ -109,14 +130,14 @@ def _bar(steps: int) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
     with tqdm(total=steps, desc="train", disable=not watched) as bar:
 
         def show(step: int, row: Mapping[str, Any]) -> None:
-            for name, key in (("reward", "reward"), ("proxy", "proxy"), ("truth", "truth"), ("kl", "kl_base")):
+            for name, key in names.items():
                 if row.get(key) is not None:
                     shown[name] = f"{row[key]:.3g}"
             if row.get("images_per_second") is not None:
                 shown["img/s"] = f"{row['images_per_second']:.2f}"
             bar.set_postfix(shown, refresh=False)
             bar.update(step - bar.n)
-            if not watched and row.get("proxy") is not None and int(os.environ.get("RANK", "0")) == 0:
+            if not watched and row.get(look) is not None and int(os.environ.get("RANK", "0")) == 0:
                 print(f"step {step}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), file=sys.stderr, flush=True)
 
         yield show

@@ -39,8 +39,9 @@ class Verb:
     out: Annotated[str | None, Opt("Folder for what is written.")] = None
 
     @classmethod
-    def whole(cls) -> type[Verb]:
-        """The dataclass that settings fill: this one, or one with fields that are too heavy for --help."""
+    def whole(cls, told: Mapping[str, Any]) -> type[Verb]:
+        """The dataclass that settings fill: this one, one with fields that are too heavy for --help, or what they
+        ask for."""
         return cls
 
     def run(self) -> Any:
@@ -204,7 +205,7 @@ def _settings(verb: type[Verb], asked: dict[str, Any], words: list[str], file: s
     for name, about in positional.items():
         if name in required and name not in content:
             raise ConfigError(f"{name.upper()} is missing: {about} See --help.")
-    return config.build(verb.whole(), content, overrides)
+    return config.build(verb.whole(content), content, overrides)
 
 
 def read_config(name: str) -> Mapping[str, Any]:

@@ -51,6 +51,12 @@ def find_judge(spec: str | Mapping[str, Any] | Backend = EMBEDDED) -> Backend:
     return made
 
 
+def own_judge(**settings: Any) -> Any:
+    """A local judge that nobody else uses, so that its weights may be changed."""
+    _check("local", settings)
+    return _class("local")(**(_embedded(settings) if settings.get("model") == EMBEDDED else settings))
+
+
 def _named(spec: str) -> dict[str, Any]:
     spec = spec.strip()
     if not spec:

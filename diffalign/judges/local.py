@@ -123,6 +123,10 @@ class LocalJudge(Shared):
 
         return self._in_parts(questions, lambda k: (len(questions[k].images), len(ids[k])), answer, lambda _: math.nan)
 
+    def read(self, questions: Sequence[Question]) -> tuple[Any, dict[str, Any]]:
+        """The model and what it reads of questions, for whoever needs more of it than words."""
+        return self._module, self._inputs(questions)
+
     def _in_parts(
         self,
         questions: Sequence[Question],

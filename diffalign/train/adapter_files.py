@@ -151,12 +151,15 @@ def write_note(pipe: Any, places: Mapping[str, Place], folder: Path, shown: str,
 
 
 @contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` once the block ends well, and is gone if it does not."""
+def whole_folder(folder: str | Path, note: str = NOTE) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` once the block ends well, and is gone if it does not.
+
+    An older one is replaced only where it has the `note` that such folders have.
+    """
     from safetensors import SafetensorError
 
     target = Path(os.path.abspath(folder))
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / NOTE).is_file()):
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / note).is_file()):
         raise OutputError(
             f"'{folder}' holds other files, and saving here would replace them. Name a folder of its own."
         )

@@ -57,19 +57,23 @@ class Known:
     case: Case
     pictures: tuple[Picture, ...]
     scores: tuple[float, ...]
+    confidence: float | None = None  # share of the voters behind the order, where it was counted
 
 
-def read(config: DataConfig) -> list[Known]:
-    """Every prompt of the sources with its pictures; what says nothing is left out and told."""
+def read(config: DataConfig, *, ties: bool = False) -> list[Known]:
+    """Every prompt of the sources with its pictures; what says nothing is left out and told.
+
+    With `ties`, pictures that are as good as each other say something too.
+    """
     kept, seen = list[Known](), list[Known]()
     for each in _sources(config):  # as they are read: a large file is not held where a limit is given
         seen.append(each)
         if len(seen) >= CHUNK or (config.limit and len(kept) + len(seen) >= config.limit):
-            kept += _telling(seen)
+            kept += _telling(seen, ties=ties)
             seen = []
         if config.limit is not None and len(kept) >= config.limit:
             break
-    kept += _telling(seen)
+    kept += _telling(seen, ties=ties)
     if max((len(each.pictures) for each in kept), default=0) > 1:  # single pictures among groups teach no comparison
         several = [each for each in kept if len(each.pictures) > 1]
         if len(several) < len(kept):
@@ -80,14 +84,14 @@ def read(config: DataConfig) -> list[Known]:
     return kept[: config.limit]
 
 
-def _telling(found: Sequence[Known]) -> list[Known]:
+def _telling(found: Sequence[Known], *, ties: bool) -> list[Known]:
     """Those whose pictures are there and differ in worth."""
     _require_files(found)
-    told = [_distinct(each) for each in found]
+    told = [_distinct(each, ties=ties) for each in found]
     if useless := sum(not each.pictures for each in told):
         warnings.warn(
-            f"{useless} of {len(told)} entries of the data say nothing: their pictures are one and the same, or all as "
-            "good. They are left out.",
+            f"{useless} of {len(told)} entries of the data say nothing: their pictures are one and the same"
+            f"{'' if ties else ', or all as good'}. They are left out.",
             stacklevel=3,
         )
     return [each for each in told if each.pictures]
@@ -113,7 +117,8 @@ def _sources(config: DataConfig) -> Iterator[Known]:
 
 
 def _of_comparison(comparison: Comparison) -> Known:
-    return Known(comparison.asked(), comparison.pictures, tuple(-float(rank) for rank in comparison.ranks))
+    scores = tuple(-float(rank) for rank in comparison.ranks)
+    return Known(comparison.asked(), comparison.pictures, scores, comparison.confidence)
 
 
 def _of_run(folder: Path) -> dict[tuple[int, str], Known]:
@@ -164,21 +169,21 @@ def _require_files(found: Sequence[Known]) -> None:
         )
 
 
-def _distinct(known: Known) -> Known:
-    """Each picture once, with its best score; none where nothing is better than anything."""
+def _distinct(known: Known, *, ties: bool) -> Known:
+    """Each picture once, with its best score; none where nothing is better than anything, unless `ties` count."""
     best: dict[str, tuple[Picture, float]] = {}
     for picture, score in zip(known.pictures, known.scores, strict=True):
-        key = _content(picture)
+        key = content(picture)
         if key not in best or best[key][1] < score:
             best[key] = picture, score
     scores = [score for _, score in best.values() if math.isfinite(score)]
-    if len(known.pictures) > 1 and (len(best) < 2 or len(set(scores)) < 2):
+    if len(known.pictures) > 1 and (len(best) < 2 or len(set(scores)) < (1 if ties else 2)):
         return replace(known, pictures=(), scores=())
     rows = sorted((row for row in best.values() if math.isfinite(row[1])), key=lambda row: -row[1])
     return replace(known, pictures=tuple(p for p, _ in rows), scores=tuple(s for _, s in rows))
 
 
-def _content(picture: Picture) -> str:
+def content(picture: Picture) -> str:
     """One name for what is in a picture's file."""
     content = picture.content
     data = content if isinstance(content, bytes) else picture.path(content).read_bytes()

@@ -42,7 +42,8 @@ def opened(
     keep_freed_memory()
     with ExitStack() as stack:
         stack.callback(checkpoint.restore_rng, checkpoint.capture_rng())
-        accelerator = _accelerator(pipe, settings, out)
+        sharding.check(settings)
+        accelerator = accelerate(getattr(pipe, "_execution_device", pipe.device), settings, out)
         stack.enter_context(processes.together(accelerator))
         job = _job(pipe, settings, accelerator, model=model, call=dict(call), seed=seed, out=out, say=say)
         stack.callback(job.trained.detach)
@@ -128,8 +129,8 @@ def _cases(file: str | None, split: Any, limit: int | None = None) -> list[Case]
     return data.read(data.PromptsConfig(file=file, split=split, limit=limit, keep_duplicates=split is not None))
 
 
-def _accelerator(pipe: Any, settings: TrainConfig, folder: Path) -> Any:
-    """Accelerate as this job needs it, also where an earlier job of this process needed it otherwise."""
+def accelerate(device: Any, settings: Any, folder: Path) -> Any:
+    """Accelerate as a job with this precision and these trackers needs it, also after one that needed it otherwise."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -137,9 +138,8 @@ def _accelerator(pipe: Any, settings: TrainConfig, folder: Path) -> Any:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
         AcceleratorState._reset_state()
     processes.require_group()
-    sharding.check(settings)
     made = Accelerator(
-        cpu=processes.on_cpu(pipe),
+        cpu=processes.on_cpu(device),
         mixed_precision=mixed,
         log_with=tracking.chosen(settings.trackers) or None,
         project_dir=str(folder),

@@ -47,9 +47,9 @@ def require_group() -> None:
         )
 
 
-def on_cpu(pipe: Any) -> bool:
+def on_cpu(device: Any) -> bool:
     """Whether Accelerate has to be told that this run computes on CPUs."""
-    return launched() > 1 and torch.device(getattr(pipe, "_execution_device", pipe.device)).type == "cpu"
+    return launched() > 1 and torch.device(device).type == "cpu"
 
 
 @contextmanager

@@ -186,8 +186,12 @@ class Steps:
         """End the run as the look said, with the weights it said."""
         self.ended = self.halted
         if self.went_back is not None:
-            self.restore_weights(checkpoint.load(self._checkpoints / f"step-{self.went_back}", self.job.rank))
+            self.bring_back(self.went_back)
             self.ended += f": back to step {self.went_back}"
+
+    def bring_back(self, step: int) -> None:
+        """Take the weights of a step whose checkpoint is kept."""
+        self.restore_weights(checkpoint.load(self._checkpoints / f"step-{step}", self.job.rank))
 
     @property
     def chosen(self) -> int:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from diffalign.cli import main
+from tests.rewards import clips
 from tests.train.tiny_runs import FAKES, files
 
 CALL = {"num_inference_steps": 4, "height": 16, "width": 16, "guidance_scale": 1.0}
@@ -152,3 +154,34 @@ def test_no_and_off_are_words_where_a_setting_has_them(job: Path):
     assert main(["train", "job.yaml", *words]) == 0
     kept = yaml.safe_load((job / "a/config.yaml").read_text())
     assert (kept["precision"], kept["advantage"]["hardness"]) == ("no", "off")
+
+
+def test_a_reward_is_taught_named_used_and_gone_on_with(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = clips.transformers_folder(tmp_path / "clip")
+    found = []
+    for k in range(24):
+        for name, shade in ((f"{k}-a.png", 200), (f"{k}-b.png", 90)):
+            Image.new("RGB", (16, 16), (shade, shade // 2, k)).save(here / name)
+        found.append({"prompt": f"thing {k}", "images": [f"{k}-a.png", f"{k}-b.png"], "ranks": [1, 2]})
+    (here / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    told = {"objective": "reward", "model": str(model), "data": {"pairs": ["pairs.jsonl"]}, "steps": 3, "batch": 4}
+    told |= {"evaluate": {"every": 2}, "optim": {"learning_rate": 0.001}, "trackers": [], "name": "mine"}
+    (here / "taste.yaml").write_text(yaml.safe_dump(told))
+    assert main(["train", "taste.yaml", "--dry-run"]) == 0
+    assert "seconds_per_step" in capsys.readouterr().out
+    assert not (here / "out").exists()
+    assert main(["train", "taste.yaml", "--json", "told.json", "--out", "a", "--device", "cpu"]) == 0
+    summary = json.loads((here / "a/summary.json").read_text())
+    assert json.loads((here / "told.json").read_text()) == summary
+    assert set(summary["before"]["accuracy"]) == {"mean", "lo", "hi"}
+    assert "step 2: held out" in capsys.readouterr().err
+    assert main(["train", "a/config.yaml", "--steps", "4"]) == 0
+    assert "resumed at step 3" in capsys.readouterr().err
+    for words in (["mine"], []):
+        assert main(["ls", "rewards", *words]) == 0
+        shown = capsys.readouterr().out
+        assert "pairs of" in " ".join(shown.split())
+        assert max(map(len, shown.splitlines())) <= 80
+    assert main(["score", "0-a.png", "--prompt", "thing 0", "--reward", "mine", "--out", "scored"]) == 0
+    assert main(["train", "taste.yaml", "--out", "b", "loss.kinds=pick"]) == 2
+    assert "kind" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffalign import config, registry
+from diffalign import config, registry, zoo
 from diffalign.cli.train import Train
 from diffalign.cli.verb import read_config, shipped_configs
 from diffalign.errors import ConfigError
@@ -31,13 +31,16 @@ CLASSES = {  # the tiny pipeline of the class and scheduler that a config's mode
 TINY: dict[str, Any] = {"reward": "brightness", "panel": (), "truth": None, "split": None, "trackers": ()}
 TINY |= {"groups": 2, "group_size": 4, "micro_batch": 4, "updates": 1, "steps": 1}
 
-each = pytest.mark.parametrize("name", CONFIGS)
+TAUGHT = [name for name in CONFIGS if read_config(name).get("objective") == "reward"]
+TUNED = [name for name in CONFIGS if name not in TAUGHT]  # jobs that tune a pipeline
+each = pytest.mark.parametrize("name", TUNED)
 
 
 @cache
 def told(name: str) -> Any:
     """The job as `diffalign train NAME` reads it."""
-    return config.build(Train.whole(), dict(read_config(name)))
+    told = dict(read_config(name))
+    return config.build(Train.whole(told), told)
 
 
 def steps_of(job: Any) -> int:
@@ -65,7 +68,7 @@ def tiny(name: str, tmp_path: Path, **asked: Any) -> tuple[dict[str, Any], list[
     return train(pipe, TrainConfig(**settings), call=call, out=tmp_path / "run", say=said.append, **asked), said
 
 
-@each
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_first_lines_say_what_runs_it_and_what_it_came_to(name: str) -> None:
     lines = CONFIGS[name].read_text().splitlines()
     assert lines[0].startswith(f"# diffalign train {name}")
@@ -91,9 +94,18 @@ def test_its_rewards_exist_and_none_of_them_is_also_held_out(name: str) -> None:
     assert not set(job.reward) & set(job.panel)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith("_shapes")])
+@pytest.mark.parametrize("name", [name for name in TUNED if name.endswith("_shapes")])
 def test_its_evaluations_see_variety_within_prompts_and_how_rewards_rank(name: str) -> None:
     assert told(name).evaluate.per_prompt >= 2
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_its_reward_model_is_there_and_learns_from_what_its_header_makes(name: str) -> None:
+    job: Any = told(name)
+    assert job.model in zoo.names()
+    made = CONFIGS[name].read_text().splitlines()[2]
+    assert all(f"--out {folder}" in made for folder in job.data.from_search)
+    assert job.batch % job.micro_batch == 0
 
 
 @each

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffalign.errors import ConfigError
-from diffalign.train.preference_losses import (
+from diffalign.train.reward_models.losses import (
     best_of_all,
     bradley_terry,
     pick,

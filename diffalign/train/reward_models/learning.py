@@ -1,0 +1,122 @@
+"""What a step of a reward model learns: the loss of its pairs, weighed over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.cases import derived_seed
+from diffalign.train.known import Known
+from diffalign.train.objective import Collected
+from diffalign.train.reward_models import losses
+from diffalign.train.reward_models.comparisons import Batch, Dealer
+from diffalign.train.reward_models.raters import Rater
+from diffalign.train.reward_models.settings import LossConfig, RewardConfig
+from diffalign.train.team import Team
+
+
+@dataclass(kw_only=True)
+class RewardJob(Team):
+    """A reward model in training."""
+
+    config: RewardConfig
+    trained: Any  # Rater
+    train: Sequence[Known]
+    heldout: Sequence[Known]
+
+    @property
+    def rater(self) -> Rater:
+        found: Rater = self.trained
+        return found
+
+
+@dataclass
+class Part:
+    """Some entries of a step, which are looked at together."""
+
+    batch: Batch
+    total: float  # what the entries of the step weigh, over all processes
+    seed: int  # of what is drawn here
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+class Preferences:
+    """Collects comparisons, and learns from them."""
+
+    def __init__(self, job: RewardJob) -> None:
+        self.dealer = Dealer(job.train, job.config, job.seed)
+
+    def collect(self, job: RewardJob, step: int) -> Collected:
+        """This process's share of the entries of a step, some at a time."""
+        chosen, size = self.dealer.of(step), job.config.micro_batch
+        share = len(chosen) // job.processes
+        own = chosen[job.rank * share : (job.rank + 1) * share]
+        total = self.dealer.total(chosen)
+        parts = []
+        for k in range(0, share, size):
+            first = job.rank * share + k
+            parts.append(
+                Part(self.dealer.batch(own[k : k + size]), total, derived_seed(job.seed, "draws", step, first))
+            )
+        return Collected(parts)
+
+    def learn(self, job: RewardJob, micro: Part, share: float) -> Mapping[str, Tensor]:
+        """Backward of this part's loss; figures as parts of their sums, of which processes are averaged."""
+        batch, many = micro.batch, job.processes
+        found = job.rater.rate(batch.images, batch.prompts)
+        job.budget.charge(reward_calls=len(batch))
+        draws = torch.Generator().manual_seed(micro.seed)
+        loss = cost(found, batch, job.config.loss, draws) / max(micro.total, 1e-12) * many
+        job.backward(loss)
+        gaps = (
+            torch.stack([found[p.first, 0] - found[p.second, 0] for p in batch.pairs]) if batch.pairs else found[:0, 0]
+        )
+        sides = torch.tensor([pair.label - 0.5 for pair in batch.pairs]).to(gaps)
+        told = (sides != 0).sum()
+        right = ((gaps * sides) > 0).sum() / told.clamp(min=1)
+        return {"loss": loss.detach().float().cpu(), "right": right.float().cpu() * share}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing is remembered between steps."""
+
+
+def cost(found: Tensor, batch: Batch, config: LossConfig, draws: torch.Generator) -> Tensor:
+    """The weighted sum over the pairs, or the entries, of a batch, of ratings (n, 2) and their log deviations."""
+    if config.kind == "best_of_all":
+        return _of_entries(found[:, 0], batch)
+    if not batch.pairs:
+        return found.sum() * 0
+    first = torch.tensor([pair.first for pair in batch.pairs], device=found.device)
+    second = torch.tensor([pair.second for pair in batch.pairs], device=found.device)
+    label = torch.tensor([pair.label for pair in batch.pairs]).to(found)
+    gap = found[first, 0] - found[second, 0]
+    if config.kind == "ties":
+        each = losses.with_ties(gap, label, config.k)
+    elif config.kind == "pick":
+        each = losses.pick(gap, label)
+    elif config.kind == "uncertain":
+        deviation = (found[first, 1].mul(2).exp() + found[second, 1].mul(2).exp()).sqrt()
+        normals = torch.randn(config.draws, len(batch.pairs), generator=draws).to(found)
+        each = losses.uncertain(gap, deviation, label, normals)
+    else:
+        each = losses.bradley_terry(gap, label, config.margin)
+    return (each * torch.tensor(batch.weights).to(each)).sum()
+
+
+def _of_entries(ratings: Tensor, batch: Batch) -> Tensor:
+    """The softmax over all pictures of an entry; several equally good ones share the blame."""
+    total, start = ratings.sum() * 0, 0
+    for size, best, weight in zip(batch.sizes, batch.best, batch.entry_weights, strict=True):
+        rows = ratings[start : start + size]
+        each = torch.stack([losses.best_of_all(rows, place - start) for place in best])
+        total, start = total + weight * each.mean(), start + size
+    return total
