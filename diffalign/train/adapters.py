@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.errors import ConfigError
-from diffalign.restore import adapters_off, checkpointed
+from diffalign.restore import adapters_off
 from diffalign.train import adapter_files, lora, targets
 from diffalign.train.adapter_files import Place, load
 from diffalign.train.ema import check_names, fill, held, put, whole
@@ -29,8 +29,6 @@ __all__ = [
     "AdapterConfig",
     "Trained",
     "attach",
-    "checkpointing",
-    "compiled",
     "find_denoisers",
     "load",
     "ran",
@@ -159,6 +157,14 @@ class Trained:
             for part in self.denoisers
         }
 
+    def when_detached(self, undo: Callable[[], None]) -> None:
+        """Call `undo` when the pipeline is left as it was, before what was done earlier is undone."""
+        self._undo.append(undo)
+
+    def beside(self, layer: Any) -> list[str]:
+        """The adapters of a layer that were on before ours."""
+        return next((others for each, others in self._others if each is layer), [])
+
     @contextmanager
     def _without_ours(self) -> Iterator[None]:
         with adapters_off(self.denoisers.values()):
@@ -204,32 +210,6 @@ def attach(pipe: Any, config: AdapterConfig, denoisers: Mapping[str, nn.Module] 
         trained.detach()
         raise
     return trained
-
-
-@contextmanager
-def checkpointing(denoisers: Mapping[str, nn.Module], on: bool = True) -> Iterator[None]:
-    """Run a block with gradient checkpointing in every denoiser: less memory for a second forward, equal gradients."""
-    with checkpointed(denoisers.values(), on=on):
-        for name, module in denoisers.items() if on else ():
-            if not getattr(module, "is_gradient_checkpointing", False):
-                raise ConfigError(
-                    f"checkpointing is on, but '{name}', a {type(module).__name__}, knows no gradient checkpointing. "
-                    "Turn it off and use smaller micro-batches."
-                )
-        yield
-
-
-@contextmanager
-def compiled(denoisers: Mapping[str, nn.Module], on: bool = True, **options: Any) -> Iterator[None]:
-    """Run a block in which every denoiser's forward is compiled; its hooks, such as those of autocast, stay outside."""
-    before = [(module, vars(module).get("forward")) for module in denoisers.values()]
-    try:
-        for module, _ in before if on else ():
-            module.forward = torch.compile(module.forward, **options)
-        yield
-    finally:
-        for module, forward in before if on else ():
-            vars(module).update({"forward": forward}) if forward else vars(module).pop("forward", None)
 
 
 def _refuse(parts: Mapping[str, nn.Module], config: AdapterConfig) -> None:

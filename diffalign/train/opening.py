@@ -19,10 +19,20 @@ from diffalign.drive import Driver
 from diffalign.errors import ConfigError
 from diffalign.restore import steady
 from diffalign.reward_specs import parse_spec
-from diffalign.train import adapters, checkpoint, data, evaluate, heldout, known, processes, sharding, tracking
+from diffalign.train import (
+    adapters,
+    checkpoint,
+    data,
+    evaluate,
+    heldout,
+    known,
+    precision,
+    processes,
+    sharding,
+    tracking,
+)
 from diffalign.train.embeddings import PromptCache
 from diffalign.train.job import Job
-from diffalign.train.precision import autocast
 from diffalign.train.settings import TrainConfig
 from diffalign.zoo.fit import keep_freed_memory
 
@@ -182,8 +192,8 @@ def dressed(job: Job) -> Iterator[None]:
     parts = [part for part in job.pipe.components.values() if isinstance(part, torch.nn.Module)]
     with ExitStack() as stack:
         stack.enter_context(steady(parts, every_half=True))
-        stack.enter_context(adapters.checkpointing(denoisers, config.gradient_checkpointing))
-        stack.enter_context(adapters.compiled(denoisers, config.compile))
-        stack.enter_context(autocast(denoisers.values(), config.precision))
+        stack.enter_context(precision.checkpointing(denoisers, config.gradient_checkpointing))
+        stack.enter_context(precision.compiled(denoisers, config.compile))
+        stack.enter_context(precision.autocast(denoisers.values(), config.precision))
         stack.enter_context(PromptCache(job.pipe))
         yield

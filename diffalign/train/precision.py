@@ -1,15 +1,44 @@
-"""Half precision where it belongs: inside the denoiser, with float32 latents and predictions around it."""
+"""How denoisers run while they train: half precision inside them alone, recomputed activations, compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffalign.errors import ConfigError
+from diffalign.restore import checkpointed
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def checkpointing(denoisers: Mapping[str, nn.Module], on: bool = True) -> Iterator[None]:
+    """Run a block with gradient checkpointing in every denoiser: less memory for a second forward, equal gradients."""
+    with checkpointed(denoisers.values(), on=on):
+        for name, module in denoisers.items() if on else ():
+            if not getattr(module, "is_gradient_checkpointing", False):
+                raise ConfigError(
+                    f"checkpointing is on, but '{name}', a {type(module).__name__}, knows no gradient checkpointing. "
+                    "Turn it off and use smaller micro-batches."
+                )
+        yield
+
+
+@contextmanager
+def compiled(denoisers: Mapping[str, nn.Module], on: bool = True, **options: Any) -> Iterator[None]:
+    """Run a block in which every denoiser's forward is compiled; its hooks, such as those of autocast, stay outside."""
+    before = [(module, vars(module).get("forward")) for module in denoisers.values()]
+    try:
+        for module, _ in before if on else ():
+            module.forward = torch.compile(module.forward, **options)
+        yield
+    finally:
+        for module, forward in before if on else ():
+            vars(module).update({"forward": forward}) if forward else vars(module).pop("forward", None)
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from diffalign.drive import Driver
 from diffalign.errors import ConfigError, DiffalignError, ModelError, OutputError, UnknownName
 from diffalign.snapshot import differences, snapshot
 from diffalign.train import adapters
-from diffalign.train.adapters import ADAPTER, AdapterConfig, attach, checkpointing, compiled, find_denoisers
+from diffalign.train.adapters import ADAPTER, AdapterConfig, attach, find_denoisers
 from diffalign.train.ema import BEGUN, Ema
-from diffalign.train.precision import autocast
+from diffalign.train.precision import autocast, checkpointing, compiled
 from tests.tiny import FAMILIES, build, call
 
 EVERY = [name for name in FAMILIES if not FAMILIES[name].broken and not name.startswith("sd15_")]
