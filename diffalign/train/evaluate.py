@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def _tell_unjudged(job: Job, whole: Mapping[str, Tensor]) -> None:
 
 def draw(job: Job, cases: Sequence[Case]) -> Tensor:
     """Media (B, [F,] 3, H, W) of the stock call, as 8-bit pictures would show them."""
+    cases = [replace(case, prompt=job.config.evaluate.before + case.prompt) for case in cases]
     driver = Driver(job.pipe, cases, budget=job.budget, memory=job.memory, **job.deployed)
     made = media.to_tensor(driver.rollout(quiet=True).media).float().cpu()
     media.require_finite(made, type(job.pipe).__name__)

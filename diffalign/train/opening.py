@@ -33,6 +33,7 @@ from diffalign.train import (
 )
 from diffalign.train.embeddings import PromptCache
 from diffalign.train.job import Job
+from diffalign.train.relabelled import relabelled
 from diffalign.train.settings import TrainConfig
 from diffalign.zoo.fit import keep_freed_memory
 
@@ -79,7 +80,8 @@ def _job(
     if not members:
         raise ConfigError("the job has no reward, so there is nothing to raise. Add one, such as reward: {clip: 1.0}.")
     entries = known.read(settings.data) if settings.data.given else []
-    prompts = [each.case for each in entries] or _cases(settings.prompts, settings.split, settings.limit)
+    pairs = relabelled(entries, settings.relabel, seed) if settings.relabel.enabled else entries
+    prompts = [each.case for each in pairs] or _cases(settings.prompts, settings.split, settings.limit)
     monitor = _monitor(settings, prompts)
     if entries and settings.evaluate.prompts is settings.evaluate.split is None:
         raise ConfigError(
@@ -113,7 +115,7 @@ def _job(
         truth=truth,
         panel=panel,
         tower=tower,
-        stock=known.Stock(entries, seed) if entries else None,
+        stock=known.Stock(pairs, seed) if pairs else None,
         say=tell,
     )
 

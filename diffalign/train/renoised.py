@@ -109,6 +109,7 @@ class Clean:
     centre: list[Tensor] = field(default_factory=list)  # draws x (B, ...): means over groups that span micro-batches
     notes: dict[str, Tensor] = field(default_factory=dict)  # (B, ...) whatever else the objective knows of an image
     kept: dict[str, list[Tensor]] = field(default_factory=dict)  # predictions of other weights, until the last pass
+    contrasted: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)  # errors (b,) of two prompts
     passes: int = 0  # how often it was learnt from
     clip: float = 5.0  # of advantages
 

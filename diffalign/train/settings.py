@@ -11,6 +11,7 @@ from diffalign.errors import ConfigError
 from diffalign.train.adapters import AdapterConfig
 from diffalign.train.advantage import AdvantageConfig
 from diffalign.train.known import DataConfig
+from diffalign.train.relabelled import RelabelConfig
 from diffalign.train.watch import WatchConfig
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -56,6 +57,7 @@ class EvaluateConfig:
     batch: int = 40  # images at once
     keep: int = 16  # pictures that stay in samples/step-N
     averaged: bool = True  # draw with the averaged weights, those that are saved
+    before: str = ""  # put before each prompt where it is drawn, not where it is judged: "quality 10 of 10, "
     call: dict[str, Any] = field(default_factory=dict)  # arguments of the stock call, over the model's card
     tower: str | None = (
         "auto"  # CLIP whose embeddings tell variety and whether prompts still count; auto is shapes-clip
@@ -80,6 +82,7 @@ class TrainConfig:
     truth: str | None = None  # an exact judge where there is one; logged, never trained on
     panel: tuple[str, ...] | dict[str, Any] = ()  # held-out rewards that only watch
     data: DataConfig = field(default_factory=DataConfig)  # pictures to learn from, for objectives that need not draw
+    relabel: RelabelConfig = field(default_factory=RelabelConfig)  # of the data: scores into prompts
     prompts: str | None = None  # file of training prompts
     split: Literal["train", "heldout", "hard"] | None = None  # or a prompt set of the shapes world
     limit: int | None = None  # use only so many prompts
@@ -121,6 +124,10 @@ class TrainConfig:
             )
         if self.data.given and (self.limit is not None or self.prompt_weights):
             raise ConfigError("limit and prompt_weights are for prompts that are drawn. With data, use data.limit.")
+        if self.relabel.enabled and not self.data.given:
+            raise ConfigError(
+                "relabel puts scores of data into prompts, and the job has no data. Give some, or drop it."
+            )
         for name in ("steps", "groups", "group_size", "micro_batch", "updates", "passes", "ema_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it must be at least 1.")

@@ -15,8 +15,11 @@ from diffalign.cli.train import Train
 from diffalign.cli.verb import read_config, shipped_configs
 from diffalign.errors import ConfigError
 from diffalign.train import AdapterConfig, TrainConfig, train
+from diffalign.train.known import DataConfig
 from diffalign.train.objective import make
 from tests.tiny import build
+from tests.train.test_known import search_run
+from tests.train.test_rto import saved
 from tests.train.tiny_runs import WITHOUT_RATIO
 
 CONFIGS = {path.stem: path for path in shipped_configs() if path.parent.name == "train"}
@@ -53,8 +56,12 @@ def tiny(name: str, tmp_path: Path, **asked: Any) -> tuple[dict[str, Any], list[
     job, said = told(name), list[str]()
     (tmp_path / "prompts.txt").write_text("red cube\nblue ball\ngreen tree\n")
     settings = {f.name: getattr(job, f.name) for f in dataclasses.fields(TrainConfig)}
-    look = dataclasses.replace(job.evaluate, prompts=None, split=None, limit=3, kl_prompts=2)
+    given = job.data.given
+    (tmp_path / "others.txt").write_text("grey boat\npale star\n")
+    others = str(tmp_path / "others.txt") if given else None
+    look = dataclasses.replace(job.evaluate, prompts=others, split=None, limit=2 if given else 3, kl_prompts=2)
     settings |= TINY | {"prompts": str(tmp_path / "prompts.txt"), "evaluate": look}
+    settings |= of_earlier(job, tmp_path)
     objective: Any = make(job.objective).config  # type: ignore[attr-defined]
     high = objective.noise.high if hasattr(objective, "noise") else None
     if leaves := getattr(objective, "leaves", 0):
@@ -66,6 +73,16 @@ def tiny(name: str, tmp_path: Path, **asked: Any) -> tuple[dict[str, Any], list[
     if job.dtype != "auto":
         pipe.to(getattr(torch, job.dtype))
     return train(pipe, TrainConfig(**settings), call=call, out=tmp_path / "run", say=said.append, **asked), said
+
+
+def of_earlier(job: Any, tmp_path: Path) -> dict[str, Any]:
+    """What a config takes from an earlier run, made here: judged pictures, or a LoRA."""
+    if job.data.given:
+        return {"prompts": None, "data": DataConfig(from_search=(str(search_run(tmp_path / "search")),))}
+    if job.objective_name == "rto":
+        told = {**job.objective["rto"], "preferred": str(saved(tmp_path / "dpo")), "samples": 4}
+        return {"objective": {"rto": told}}
+    return {}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffalign.errors import ConfigError
-from diffalign.train.objectives.dpo import DPOConfig, ends, pair_loss, utility_loss
+from diffalign.train.objectives.dpo import DPOConfig, ends, opinion, pair_loss, utility_loss
 from tests.train import jobs
 
 PAIRS: dict[str, Any] = {"group_size": 3, "micro_batch": 3}
@@ -173,3 +173,68 @@ def test_of_a_solved_prompt_no_image_is_liked_or_disliked() -> None:
 def test_weights_of_single_images_are_refused_with_pairs() -> None:
     with pytest.raises(ConfigError, match="loss: kto"):
         DPOConfig(liked=2.0)
+
+
+# T-REG
+
+
+def errors(seed: int) -> tuple[Tensor, Tensor]:
+    return draw(6, seed=seed).abs(), draw(6, seed=seed + 1).abs()
+
+
+@given(st.integers(0, 500), st.floats(0.01, 10))
+def test_an_opinion_is_bounded_and_turns_with_the_prompts(seed: int, spread: float) -> None:
+    better, worse = errors(seed)
+    says = opinion(better, worse, spread)
+    assert float(says.abs().max()) <= 0.5
+    assert bool(((says > 0) == (better < worse)).all())
+    torch.testing.assert_close(opinion(worse, better, spread), -says)
+    assert not opinion(better, better, 0.0).any()
+
+
+def learnt(weight: float, **told: Any) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients of the first micro-batch of a job with this much regularisation."""
+    own = {"beta": 500.0, "draws": 2, "regularise": {"weight": weight, "samples": 6, **told}}
+    with jobs.job("sd3", {"dpo": own}, **PAIRS) as (job, chosen):
+        jobs.touched(job)
+        chosen.prepare(job)
+        micro = chosen.collect(job, 0).micros[0]
+        found = chosen.learn(job, micro, 1.0)
+        return found["loss"], [p.grad.clone() for p in job.trained.parameters() if p.grad is not None]
+
+
+def test_equal_endings_are_plain_dpo_and_others_are_not() -> None:
+    plain, slopes = learnt(0.0)
+    same, equal = learnt(0.5, better=", fine", worse=", fine")
+    assert float(same) == float(plain)
+    assert all(torch.equal(a, b) for a, b in zip(slopes, equal, strict=True))
+    other, moved = learnt(0.5, better=", fine", worse=" red cube blue ball")
+    assert float(other) != float(plain)
+    assert any(not torch.equal(a, b) for a, b in zip(slopes, moved, strict=True))
+
+
+def test_opinions_are_measured_once_and_kept() -> None:
+    own = {"beta": 500.0, "draws": 2, "regularise": {"weight": 0.5, "samples": 6, "worse": " red cube"}}
+    with jobs.job("sd3", {"dpo": own}, **PAIRS) as (job, chosen):
+        chosen.prepare(job)
+        kept = chosen.state()
+        assert len(kept["spreads"]) == len(chosen.places(job))
+        assert min(kept["spreads"].values()) > 0
+        chosen.restore(kept)
+        micro = chosen.collect(job, 0).micros[0]
+        chosen.learn(job, micro, 1.0)
+        assert chosen.spreads == kept["spreads"]
+        assert all(not each.requires_grad for both in micro.contrasted.values() for each in both)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"loss": "kto", "regularise": {"weight": 0.1}}, "kto has single images"),
+        ({"regularise": {"against": 2.0}}, "a share"),
+        ({"regularise": {"samples": 1}}, "at least 2"),
+    ],
+)
+def test_regularisation_without_sense_is_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says), jobs.job("sd3", {"dpo": given}, **PAIRS):
+        pass

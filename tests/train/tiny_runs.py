@@ -46,7 +46,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "direct": {"objective": {"direct": {"rule": "random"}}},
     "dpo": {"objective": {"dpo": {"reset_every": 2}}},
 }
-WITHOUT_RATIO = ("crd", "nft", "sft", "direct", "dpo")
+WITHOUT_RATIO = ("crd", "nft", "visurf", "sft", "direct", "dpo")
 REPEATED = ("nft", "sft", "direct", "dpo", "dense_grpo", "prdp")  # whose laws of the loop others hold too: `-m slow`
 EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name in REPEATED else []) for name in sorted(OBJECTIVES)]
 FAKES = Path(__file__).with_name("fake_rewards.py")

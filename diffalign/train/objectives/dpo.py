@@ -11,14 +11,20 @@ several at once where `draws` says so. A pair whose rewards are equal is no pair
 prompt is neither liked nor disliked. With `reset_every` the reference
 follows, and new pairs are drawn by the model of the moment. KTO's reference point is the mean over the
 labelled images of an update and all processes.
+
+`regularise` is T-REG, "T-REG: Preference Optimization with Token-Level Reward Regularization", 2024 (arXiv
+2412.02685): the reference reads the prompt with a good and with a bad ending, and where the good one explains an
+image's velocity better, the image is learnt more at that level. There: words and their probabilities; here: noise
+levels and errors, whose difference is divided by its deviation on the first images of the base model. A negative
+opinion counts a tenth, as an error has no upper bound.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +39,24 @@ from diffalign.train.renoised import Clean, ForwardConfig, NoAnchor, Place, Seen
 
 
 @dataclass(frozen=True, kw_only=True)
+class RegulariseConfig:
+    """How much the reference's opinion of each noise level counts; 0 is plain DPO."""
+
+    weight: float = 0.0  # of the images' errors beside the loss of the pair, whose scale is beta's
+    better: str = ", in the best quality"  # what the good prompt ends with
+    worse: str = ", blurred, broken and wrong"  # and the bad one
+    against: float = 0.1  # weight of negative opinions
+    samples: int = 48  # images that deviations are measured on
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.weight < math.inf and 0 <= self.against <= 1) or self.samples < 2:
+            raise ConfigError(
+                f"regularise has weight {self.weight}, against {self.against} and samples {self.samples}: 0 or more, "
+                "a share, and at least 2."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DPOConfig(ForwardConfig):
     """How much better than the reference counts how much."""
 
@@ -43,9 +67,12 @@ class DPOConfig(ForwardConfig):
     disliked: float = 1.0  # kto: and of the others
     draws: int = 1  # noise levels of each pair
     anchor: NoAnchor = field(default_factory=NoAnchor)
+    regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.regularise.weight and self.loss == "kto":
+            raise ConfigError("regularise weighs the two of a pair, and kto has single images. Use loss: dpo.")
         if not 0 < self.beta < math.inf:
             raise ConfigError(f"beta is {self.beta}, but it must be above 0. 2000 to 5000 are usual, 100 for flow.")
         if self.reset_every < 0 or min(self.liked, self.disliked) < 0:
@@ -64,6 +91,11 @@ def pair_loss(gap: Tensor, beta: float) -> Tensor:
 def utility_loss(gain: Tensor, sign: Tensor, centre: Tensor | float, beta: float) -> Tensor:
     """1 - sigmoid(sign beta (gain - centre)) of images (B,), liked (sign 1) or not (-1)."""
     return 1 - torch.sigmoid(sign * beta * (gain - centre))
+
+
+def opinion(better: Tensor, worse: Tensor, spread: float) -> Tensor:
+    """sigmoid((worse - better) / spread) - 1/2 in [-1/2, 1/2] of errors (B,) under a good and a bad prompt."""
+    return torch.sigmoid((worse - better) / spread) - 0.5 if spread > 0 else torch.zeros_like(better)
 
 
 def ends(advantage: Tensor, kept: Tensor, groups: Tensor) -> Tensor:
@@ -94,6 +126,51 @@ class DPO(ForwardProcess):
                 f"micro_batch is {job.config.micro_batch}, but the two of a pair are learnt together: use a multiple "
                 f"of group_size, {size}."
             )
+
+    def __init__(self, config: DPOConfig) -> None:
+        super().__init__(config)
+        self.spreads: dict[str, float] = {}  # of the reference's opinion, by the loop index of the level
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | ({"spreads": self.spreads} if self.config.regularise.weight else {})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore({name: each for name, each in state.items() if name != "spreads"})
+        self.spreads = dict(state.get("spreads", {}))
+
+    def prepare(self, job: Job) -> None:
+        """Measure how much the two prompts differ at each level."""
+        if not self.config.regularise.weight or self.spreads:
+            return
+        cases = job.cases_of(0)[: max(2, self.config.regularise.samples // job.processes)]
+        micros, _ = self.sampled(job, 0, cases)
+        for i in self.places(job):
+            gaps = []
+            for micro in micros:
+                micro.groups, micro.weight = torch.arange(len(micro)), torch.ones(len(micro))
+                micro.levels = [torch.full((len(micro),), i)]
+                gaps += [worse - better for better, worse in self.contrasted(job, micro).values()]
+            self.spreads[str(i)] = float(job.gather(torch.cat(gaps).cpu()).std(correction=0))
+
+    def contrasted(self, job: Job, micro: Clean) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """The reference's errors (b,) under the good and the bad prompt, by draw and first row of every place."""
+        told, errors = self.config.regularise, list[dict[tuple[int, int], Tensor]]()
+        for ending in (told.better, told.worse):
+            driver = self.learner(job, [replace(case, prompt=case.prompt + ending) for case in micro.cases])
+            with torch.no_grad(), self.old(job, "reference"):
+                errors.append({
+                    (place.draw, int(place.rows[0])): mean_error(
+                        self.seen_by(place, driver.select(place.rows.tolist())), place.target
+                    )
+                    for place in self.visited(job, micro)
+                })  # fmt: skip
+        return {key: (errors[0][key], errors[1][key]) for key in errors[0]}
+
+    def remember(self, job: Job, micro: Clean) -> None:
+        super().remember(job, micro)
+        if self.config.regularise.weight and not micro.contrasted:
+            self.prepare(job)  # of a preflight, where nothing is measured yet
+            micro.contrasted = self.contrasted(job, micro)
 
     def follow(self, job: Job, step: int) -> None:
         reference = self._olds(job)["reference"]
@@ -153,7 +230,20 @@ class DPO(ForwardProcess):
             liked = (-excess - centre) * sign > 0
             return utility_loss(-excess, sign, centre, self.config.beta).float(), told | {"agrees": liked.float()}
         gap = group_sums(sign * excess, micro.groups[place.rows])
-        return pair_loss(gap, self.config.beta).float(), told | {"agrees": (gap < 0).float()}
+        loss = pair_loss(gap, self.config.beta)
+        if self.config.regularise.weight:
+            loss = loss + self.regular(seen, gap.detach())
+        return loss.float(), told | {"agrees": (gap < 0).float()}
+
+    def regular(self, seen: Seen, gap: Tensor) -> Tensor:
+        """T-REG's part of the loss (b,): errors weighed by opinions, where the pair is not told apart yet."""
+        place, told = seen.place, self.config.regularise
+        better, worse = seen.micro.contrasted[place.draw, int(place.rows[0])]
+        says = opinion(better, worse, self.spreads[str(place.i)])
+        says = torch.where(says < 0, told.against * says, says)
+        unsure = torch.sigmoid(self.config.beta / 2 * gap)
+        error = mean_error(seen.prediction, place.target)
+        return 2 * told.weight * self.config.beta / 2 * unsure * says.to(error) * error
 
 
 OBJECTIVE = DPO

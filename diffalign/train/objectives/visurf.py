@@ -67,6 +67,8 @@ class ViSurf(NFT):
                 "visurf compares draws with a reference picture of each prompt. Give data: {pairs: [...]}, or another "
                 "source of pictures."
             )
+        if job.config.relabel.enabled:
+            raise ConfigError("relabel turns pairs around, and visurf has references. Use it with dpo or sft.")
         names = [reward.name for reward, _ in job.members]
         if strange := sorted(set(self.config.free) - set(names)):
             raise ConfigError(f"free names '{strange[0]}', which is no reward of this job: {', '.join(names)}.")
