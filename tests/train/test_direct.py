@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign import media
 from diffalign.cases import derived_seed
 from diffalign.errors import ConfigError, NotDifferentiable
-from diffalign.noise import Levels, case_noise, ddim
+from diffalign.noise import Levels, Transition, case_noise, ddim
 from diffalign.train import preflight
 from diffalign.train.objectives.direct import DirectConfig
 from tests.train import jobs
@@ -21,23 +21,28 @@ FOUR = ("sd15_ddim", "sd3", "flux", "wan21")
 SIGMA = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.0]).double()
 
 
-def by_hand(job: Any, cut: int, *, jump: bool = False) -> Tensor:
+def moved(driver: Any, step: Transition, i: int) -> Tensor:
+    """The next latent, with the noise that a walk draws there."""
+    return step.sample(case_noise(driver.seeds, step.mean, "step", i)) if step.std else step.mean
+
+
+def by_hand(job: Any, cut: int, *, jump: bool = False, eta: float = 0.0) -> Tensor:
     """The gradient of minus the mean brightness, step by step from the seam's own pieces."""
     for part in [
         job.cases_of(0)[k : k + job.config.micro_batch] for k in range(0, job.config.images, job.config.micro_batch)
     ]:
-        driver, kernel = job.driver(part), ddim(0.0)
+        driver, kernel = job.driver(part), ddim(eta)
         x = driver.start().float()
         for i in range(cut):
             with torch.no_grad():
-                x = kernel(driver.levels, x, driver.predict(x, i), i).mean
+                x = moved(driver, kernel(driver.levels, x, driver.predict(x, i), i), i)
         x = x.detach()
         for i in range(cut, driver.length):
             prediction = driver.predict(x, i, grad=True)
             if jump:
                 x = driver.levels.denoised(x, prediction, i)
                 break
-            x = kernel(driver.levels, x, prediction, i).mean
+            x = moved(driver, kernel(driver.levels, x, prediction, i), i)
         reward = media.to_tensor(driver.decode(x, grad=True)).float().flatten(1).mean(1)
         (-reward.sum() / job.config.images).backward()
     return jobs.gradients(job)
@@ -61,6 +66,13 @@ def test_the_last_steps_have_the_gradient_of_autograd_with_the_latent_before_the
     with jobs.job(family, {"direct": {"steps": steps}}) as (job, chosen):
         jobs.touched(job)
         close(learnt(job, chosen), by_hand(job, 0 if steps is None else job.length - steps))
+
+
+@pytest.mark.parametrize("steps", [1, None])
+def test_noise_between_the_steps_is_a_constant_of_the_gradient(steps: int | None) -> None:
+    with jobs.job("sd15_ddim", {"direct": {"steps": steps, "eta": 0.7}}) as (job, chosen):
+        jobs.touched(job)
+        close(learnt(job, chosen), by_hand(job, 0 if steps is None else job.length - steps, eta=0.7))
 
 
 @pytest.mark.parametrize("family", ["sd15_ddim", "sd3"])
@@ -199,6 +211,9 @@ def test_advantages_that_would_not_be_read_are_refused() -> None:
         ({"extra": 1, "steps": 2}, "extra"),
         ({"scale": 0.0}, "scale"),
         ({"steps": 9}, "only 3"),
+        ({"uniform": True}, "rule: random alone"),
+        ({"rule": "jump", "steps": 2}, "rule: last alone"),
+        ({"rule": "random", "span": [0.1, 0.2]}, "rule: jump alone"),
     ],
 )
 def test_settings_without_sense_are_refused(bad: dict[str, Any], says: str) -> None:

@@ -194,7 +194,7 @@ def test_an_opinion_is_bounded_and_turns_with_the_prompts(seed: int, spread: flo
 
 def learnt(weight: float, **told: Any) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients of the first micro-batch of a job with this much regularisation."""
-    own = {"beta": 500.0, "draws": 2, "regularise": {"weight": weight, "samples": 6, **told}}
+    own = {"beta": 500.0, "draws": 2, "regularise": {"weight": weight, **told}}
     with jobs.job("sd3", {"dpo": own}, **PAIRS) as (job, chosen):
         jobs.touched(job)
         chosen.prepare(job)
@@ -214,7 +214,7 @@ def test_equal_endings_are_plain_dpo_and_others_are_not() -> None:
 
 
 def test_opinions_are_measured_once_and_kept() -> None:
-    own = {"beta": 500.0, "draws": 2, "regularise": {"weight": 0.5, "samples": 6, "worse": " red cube"}}
+    own = {"beta": 500.0, "draws": 2, "regularise": {"weight": 0.5, "worse": " red cube"}}
     with jobs.job("sd3", {"dpo": own}, **PAIRS) as (job, chosen):
         chosen.prepare(job)
         kept = chosen.state()
@@ -232,7 +232,6 @@ def test_opinions_are_measured_once_and_kept() -> None:
     [
         ({"loss": "kto", "regularise": {"weight": 0.1}}, "kto has single images"),
         ({"regularise": {"against": 2.0}}, "a share"),
-        ({"regularise": {"samples": 1}}, "at least 2"),
     ],
 )
 def test_regularisation_without_sense_is_refused(given: dict[str, Any], says: str) -> None:

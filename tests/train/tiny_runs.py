@@ -45,9 +45,20 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "prdp": {"objective": {"prdp": {"beta": 0.01}}, "passes": 2},
     "direct": {"objective": {"direct": {"rule": "random"}}},
     "dpo": {"objective": {"dpo": {"reset_every": 2}}},
+    "kto": {"objective": {"dpo": {"loss": "kto", "beta": 50.0, "draws": 2}}},
+    "t_reg": {"objective": {"dpo": {"draws": 2, "regularise": {"weight": 0.5}}}},
 }
-WITHOUT_RATIO = ("crd", "nft", "visurf", "sft", "direct", "dpo")
-REPEATED = ("nft", "sft", "direct", "dpo", "dense_grpo", "prdp")  # whose laws of the loop others hold too: `-m slow`
+WITHOUT_RATIO = ("crd", "nft", "visurf", "sft", "direct", "dpo", "kto", "t_reg")
+REPEATED = (
+    "nft",
+    "sft",
+    "direct",
+    "dpo",
+    "kto",
+    "t_reg",
+    "dense_grpo",
+    "prdp",
+)  # whose laws of the loop others hold too: `-m slow`
 EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name in REPEATED else []) for name in sorted(OBJECTIVES)]
 FAKES = Path(__file__).with_name("fake_rewards.py")
 PROMPTS = "red cube\nblue ball\ngreen tree\ngrey boat\n"

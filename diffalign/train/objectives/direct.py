@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -38,6 +38,8 @@ from diffalign.train.rehearsal import Rehearsal
 from diffalign.train.renoised import mean_error
 
 FIGURES = ("loss", "reward", "invalid")
+OF_RULE = dict.fromkeys(("steps", "extra", "average"), "last") | {"span": "jump"}
+OF_RULE |= dict.fromkeys(("centre", "spread", "uniform"), "random")
 DRAWS = 100  # of a cut, until it is one; then the centre, or the nearest cut there is
 
 
@@ -71,8 +73,12 @@ class DirectConfig:
             return f"span is {list(self.span)}, but it goes from one share of the chain to a later one, within 0 and 1."
         if not (0 < self.centre < 1 and self.spread >= 0):
             return f"centre is {self.centre} and spread {self.spread}, but a cut lies inside the chain."
-        if self.extra and (self.rule != "last" or self.steps != 1):
-            return f"extra is {self.extra}, which goes with rule: last and steps: 1 alone. Leave it out."
+        for each in fields(self):
+            rule = OF_RULE.get(each.name, self.rule)
+            if rule != self.rule and getattr(self, each.name) != each.default:
+                return f"{each.name} is {getattr(self, each.name)}, which goes with rule: {rule} alone. Leave it out."
+        if self.extra and self.steps != 1:
+            return f"extra is {self.extra}, which goes with steps: 1 alone. Leave it out."
         return ""
 
     def _numbers(self) -> str:

@@ -15,7 +15,7 @@ labelled images of an update and all processes.
 `regularise` is T-REG, "T-REG: Preference Optimization with Token-Level Reward Regularization", 2024 (arXiv
 2412.02685): the reference reads the prompt with a good and with a bad ending, and where the good one explains an
 image's velocity better, the image is learnt more at that level. There: words and their probabilities; here: noise
-levels and errors, whose difference is divided by its deviation on the first images of the base model. A negative
+levels and errors, whose difference is divided by its deviation on the images of the first step. A negative
 opinion counts a tenth, as an error has no upper bound.
 """
 
@@ -35,6 +35,7 @@ from diffalign.train.advantage import Advantages
 from diffalign.train.forward import ForwardProcess
 from diffalign.train.groups import group_sums, in_turn
 from diffalign.train.job import Job
+from diffalign.train.rehearsal import Rehearsal
 from diffalign.train.renoised import Clean, ForwardConfig, NoAnchor, Place, Seen, mean_error
 
 
@@ -46,13 +47,11 @@ class RegulariseConfig:
     better: str = ", in the best quality"  # what the good prompt ends with
     worse: str = ", blurred, broken and wrong"  # and the bad one
     against: float = 0.1  # weight of negative opinions
-    samples: int = 48  # images that deviations are measured on
 
     def __post_init__(self) -> None:
-        if not (0 <= self.weight < math.inf and 0 <= self.against <= 1) or self.samples < 2:
+        if not (0 <= self.weight < math.inf and 0 <= self.against <= 1):
             raise ConfigError(
-                f"regularise has weight {self.weight}, against {self.against} and samples {self.samples}: 0 or more, "
-                "a share, and at least 2."
+                f"regularise has weight {self.weight} and against {self.against}: 0 or more, and a share."
             )
 
 
@@ -139,11 +138,10 @@ class DPO(ForwardProcess):
         self.spreads = dict(state.get("spreads", {}))
 
     def prepare(self, job: Job) -> None:
-        """Measure how much the two prompts differ at each level."""
+        """Measure how much the two prompts differ at each level, on the images of a first step."""
         if not self.config.regularise.weight or self.spreads:
             return
-        cases = job.cases_of(0)[: max(2, self.config.regularise.samples // job.processes)]
-        micros, _ = self.sampled(job, 0, cases)
+        micros, _ = self.sampled(job, 0, job.cases_of(0))
         for i in self.places(job):
             gaps = []
             for micro in micros:
@@ -151,6 +149,10 @@ class DPO(ForwardProcess):
                 micro.levels = [torch.full((len(micro),), i)]
                 gaps += [worse - better for better, worse in self.contrasted(job, micro).values()]
             self.spreads[str(i)] = float(job.gather(torch.cat(gaps).cpu()).std(correction=0))
+
+    def rehearse(self, job: Job) -> Rehearsal:
+        self.prepare(job)
+        return super().rehearse(job)
 
     def contrasted(self, job: Job, micro: Clean) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         """The reference's errors (b,) under the good and the bad prompt, by draw and first row of every place."""
@@ -169,7 +171,6 @@ class DPO(ForwardProcess):
     def remember(self, job: Job, micro: Clean) -> None:
         super().remember(job, micro)
         if self.config.regularise.weight and not micro.contrasted:
-            self.prepare(job)  # of a preflight, where nothing is measured yet
             micro.contrasted = self.contrasted(job, micro)
 
     def follow(self, job: Job, step: int) -> None:
