@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ from hypothesis import strategies as st
 
 from diffalign import media
 from diffalign.errors import ConfigError
+from diffalign.noise import Kernel, Levels, cps, ddim
 from diffalign.train import known
 from diffalign.train.advantage import AdvantageConfig, advantages
+from diffalign.train.objective import make
 from diffalign.train.objectives.visurf import controlled
+from diffalign.train.objectives.visurf_grpo import bridged
 from diffalign.train.opening import opened
+from tests.train import jobs
 from tests.train.test_known import OTHERS, search_run
-from tests.train.tiny_runs import CALL, pipeline, run, settings
+from tests.train.tiny_runs import CALL, files, pipeline, rows, run, settings
 
 NONE = torch.tensor([False])
 
@@ -77,8 +82,6 @@ def asked(folder: Path, **more: object) -> dict[str, object]:
 
 @pytest.mark.parametrize("micro_batch", [4, 3, 1])
 def test_the_last_of_every_group_is_the_reference_as_the_model_would_draw_it(tmp_path: Path, micro_batch: int) -> None:
-    from diffalign.train.objective import make
-
     told = settings(tmp_path, **asked(tmp_path, micro_batch=micro_batch))
     with opened(pipeline(), told, model="tiny", call=CALL, seed=0, out=tmp_path / "o") as job:
         objective = make(told.objective)
@@ -112,3 +115,79 @@ def test_a_job_without_references_or_with_strange_names_is_refused(tmp_path: Pat
         run(tmp_path, **{**told, "objective": {"visurf": {"free": ["clip"]}}})
     with pytest.raises(ConfigError, match="two or more draws"):
         run(tmp_path, **{**told, "group_size": 2, "micro_batch": 2})
+
+
+# on walks
+
+
+@pytest.mark.parametrize("chosen", [cps(0.7), ddim(0.0), cps(1.0)], ids=["cps", "still", "fresh"])
+def test_a_bridge_has_the_levels_of_the_sampler_and_ends_at_the_reference(chosen: Kernel) -> None:
+    sigma = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.0]).double()
+    levels, draws = Levels(1 - sigma, sigma, "flow"), torch.Generator().manual_seed(0)
+    clean = torch.tensor([0.5, -2.0, 3.0]).expand(200_000, 3)
+    kernel = bridged(chosen, clean, torch.ones(len(clean), dtype=torch.bool))
+    x = torch.randn(clean.shape, generator=draws)
+    for i in range(4):
+        alpha, level = levels.at(i)
+        torch.testing.assert_close(x.mean(0), alpha * clean[0], atol=0.02, rtol=0)
+        assert float((x - alpha * clean).std()) == pytest.approx(level, abs=5e-3)
+        said = torch.randn(clean.shape, generator=draws)  # whatever the model predicts
+        x = kernel(levels, x, said, i).sample(torch.randn(clean.shape, generator=draws))
+    torch.testing.assert_close(x, clean.contiguous(), atol=1e-4, rtol=0)
+
+
+def test_a_model_that_points_at_the_reference_walks_the_bridge() -> None:
+    sigma = torch.tensor([1.0, 0.6, 0.0]).double()
+    levels, draws = Levels(1 - sigma, sigma, "flow"), torch.Generator().manual_seed(0)
+    clean, x = torch.randn(4, 5, generator=draws), torch.randn(4, 5, generator=draws)
+    alpha, level = levels.at(1)
+    said = levels.target(clean, (x - alpha * clean) / level, 1)
+    rows = torch.tensor([True, False, True, False])
+    one, two = cps(0.7)(levels, x, said, 1), bridged(cps(0.7), clean, rows)(levels, x, said, 1)
+    torch.testing.assert_close(one.mean, two.mean)
+    other = bridged(cps(0.7), clean, rows)(levels, x, said + 1, 1).mean
+    assert torch.equal(other[~rows], cps(0.7)(levels, x, said + 1, 1).mean[~rows])
+
+
+def on_walks(folder: Path, **more: object) -> dict[str, object]:
+    own = {"noise": {"kernel": "cps"}}
+    return asked(folder, **{"objective": {"visurf_grpo": own}, **more})
+
+
+def test_bridges_lead_to_the_references_and_have_the_ratio_1(tmp_path: Path) -> None:
+    told = settings(tmp_path, **on_walks(tmp_path))
+    with opened(pipeline(), told, model="tiny", call=CALL, seed=0, out=tmp_path / "o") as job:
+        objective: Any = make(told.objective)
+        objective.check(job)
+        jobs.touched(job)
+        micros = objective.collect(job, 0).micros
+        for micro in micros:
+            for k, case in enumerate(micro.cases):
+                picture = next(e.pictures[0] for e in job.stock.entries if e.case.prompt == case.prompt)
+                clean = known.latents(job, [case], [picture])[0]
+                assert torch.allclose(micro.walk.latents[-1][k], clean, atol=1e-4) == (k % 4 == 3)
+            old, new = objective.replayed(job, micro)
+            assert torch.equal(old, new)
+            assert float(objective.learn(job, micro, 1.0)["ratio_mean"]) == 1.0
+
+
+def test_a_run_on_walks_learns_and_goes_on_after_a_stop(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path, "whole", **on_walks(tmp_path))
+    assert "reference_leads" in rows(tmp_path / "whole")[-1]
+    run(tmp_path, "parts", **on_walks(tmp_path, steps=2))
+    run(tmp_path, "parts", **on_walks(tmp_path))
+    assert whole["steps"] == 3
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"noise": {"kernel": "flow_sde"}}, "bridges keep the coefficients"),
+        ({"credit": {"similarity": "coca"}}, "which a bridge has none of"),
+        ({"free": ["clip"]}, "free names 'clip'"),
+    ],
+)
+def test_walks_without_sense_are_refused(given: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run(tmp_path, **on_walks(tmp_path, objective={"visurf_grpo": given}))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffalign import media
 from diffalign.cases import Case
+from diffalign.data.pictures import Picture
 from diffalign.errors import ConfigError
 from diffalign.train.advantage import Advantages
 from diffalign.train.groups import Grouped, Made
@@ -54,7 +55,52 @@ def controlled(members: Tensor, total: Tensor, size: int, free: Tensor, *, smoot
     return found.view_as(members)
 
 
-class ViSurf(NFT):
+class WithReferences(Grouped):
+    """Base of objectives whose groups hold a reference, as the last of their pictures; `config` has smooth and free."""
+
+    takes_data: ClassVar[bool] = True
+
+    def require_references(self, job: Job) -> None:
+        """Refuse a job without references, or with settings that references cannot have."""
+        if job.stock is None:
+            raise ConfigError(
+                f"{self.name} compares draws with a reference picture of each prompt. Give data: {{pairs: [...]}}, or "
+                "another source of pictures."
+            )
+        if job.config.relabel.enabled:
+            raise ConfigError(f"relabel turns pairs around, and {self.name} has references. Use it with dpo or sft.")
+        names = [reward.name for reward, _ in job.members]
+        if strange := sorted(set(self.config.free) - set(names)):
+            raise ConfigError(f"free names '{strange[0]}', which is no reward of this job: {', '.join(names)}.")
+        if job.config.group_size < 3:
+            raise ConfigError(
+                f"group_size is {job.config.group_size}, but a group is a reference and two or more draws. Use 3 or "
+                "more."
+            )
+
+    def references(self, job: Job, step: int, first: int, count: int) -> tuple[list[bool], list[Picture]]:
+        """Which of `count` rows of this process from `first` on are references, and their pictures."""
+        stock, size = job.stock, job.config.group_size
+        assert stock is not None
+        prompts = job.sampler.at(step, job.config.groups)  # by their place in the data: two may have one text
+        best = [stock.entries[prompts[group]].pictures[0] for group in job.groups_of(job.rank)]
+        rows = range(first, first + count)
+        return [k % size == size - 1 for k in rows], [best[k // size] for k in rows if k % size == size - 1]
+
+    def judge(
+        self, job: Job, step: int, made: Sequence[Made], rewards: Tensor, gains: Tensor | None = None
+    ) -> tuple[Advantages, dict[str, float]]:
+        free = torch.tensor([reward.name in self.config.free for reward, _ in job.members])
+        size = job.config.group_size
+        plain = rewards.clone()
+        plain[size - 1 :: size] = torch.where(free, 0.0, plain[size - 1 :: size])
+        held = controlled(rewards, job.total(plain), size, free, smooth=self.config.smooth)
+        found, told = Grouped.judge(self, job, step, made, held, gains)
+        leads = found.values.view(len(found.values), -1).mean(1).view(-1, size)[:, -1] > 0
+        return found, told | {"reference_leads": float(leads.float().mean())}
+
+
+class ViSurf(WithReferences, NFT):
     """NFT on groups that hold a reference."""
 
     name: ClassVar[str] = "visurf"
@@ -62,39 +108,20 @@ class ViSurf(NFT):
     config: ViSurfConfig
 
     def check(self, job: Job) -> None:
-        if job.stock is None:
-            raise ConfigError(
-                "visurf compares draws with a reference picture of each prompt. Give data: {pairs: [...]}, or another "
-                "source of pictures."
-            )
-        if job.config.relabel.enabled:
-            raise ConfigError("relabel turns pairs around, and visurf has references. Use it with dpo or sft.")
-        names = [reward.name for reward, _ in job.members]
-        if strange := sorted(set(self.config.free) - set(names)):
-            raise ConfigError(f"free names '{strange[0]}', which is no reward of this job: {', '.join(names)}.")
+        self.require_references(job)
         super().check(job)
 
     def _require_stock(self, job: Job, stock: Stock) -> None:
-        if job.config.group_size < 3:
-            raise ConfigError(
-                f"group_size is {job.config.group_size}, but a group is a reference and two or more draws. Use 3 or "
-                "more."
-            )
         self.draws = True
         self.require_groups(job)
 
     def sampled(self, job: Job, step: int, cases: Sequence[Case]) -> tuple[list[Clean], Tensor]:
         """Draws and references in micro-batches; the last of every group is the reference."""
-        size, stock = job.config.group_size, job.stock
-        assert stock is not None
-        prompts = job.sampler.at(step, job.config.groups)  # by their place in the data: two may have one text
-        best = [stock.entries[prompts[group]].pictures[0] for group in job.groups_of(job.rank)]
 
         def make(first: int, chunk: Sequence[Case]) -> Clean:
-            given = [(first + k) % size == size - 1 for k in range(len(chunk))]
+            given, pictures = self.references(job, step, first, len(chunk))
             own = [case for case, is_given in zip(chunk, given, strict=True) if not is_given]
             theirs = [case for case, is_given in zip(chunk, given, strict=True) if is_given]
-            pictures = [best[(first + k) // size] for k, is_given in enumerate(given) if is_given]
             parts = []
             if own:
                 walk = job.driver(own).rollout(quiet=True)
@@ -109,18 +136,6 @@ class ViSurf(NFT):
 
         with torch.no_grad(), self.old(job, self.SAMPLES):
             return self.scored(job, cases, make)
-
-    def judge(
-        self, job: Job, step: int, made: Sequence[Made], rewards: Tensor, gains: Tensor | None = None
-    ) -> tuple[Advantages, dict[str, float]]:
-        free = torch.tensor([reward.name in self.config.free for reward, _ in job.members])
-        size = job.config.group_size
-        plain = rewards.clone()
-        plain[size - 1 :: size] = torch.where(free, 0.0, plain[size - 1 :: size])
-        held = controlled(rewards, job.total(plain), size, free, smooth=self.config.smooth)
-        found, told = Grouped.judge(self, job, step, made, held, gains)
-        share = float((found.values.view(-1, size)[:, -1] > 0).float().mean())
-        return found, told | {"reference_leads": share}
 
     def worth(self, job: Job, rewards: Tensor) -> Tensor:
         return job.total(rewards)
