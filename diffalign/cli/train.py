@@ -45,7 +45,7 @@ class Train(ModelVerb):
     which every verb then knows by its name:
 
     \b
-    diffalign generate --split train --limit 1000 --method best_of_n --n 4 --top-k 4 -r shapes_soft --out out/judged
+    diffalign generate --split train --limit 300 --method best_of_n --n 4 --top-k 4 -r shapes_soft --out out/judged
     diffalign train reward_shapes data.from_search=[out/judged] name=my_taste --out out/my_taste
     diffalign generate -p "two red circles" --method best_of_n --n 16 --reward my_taste
     """
