@@ -123,11 +123,10 @@ class Job(Team):
         return driver
 
     @cached_property
-    def size(self) -> tuple[int, int]:
-        """Height and width of what the pipeline draws."""
+    def drawn(self) -> torch.Size:
+        """The shape of what the pipeline draws of one case: (1, [F,] 3, H, W)."""
         with torch.no_grad():
-            made = media.to_tensor(self._first.decode(self._first.start()))
-        return int(made.shape[-2]), int(made.shape[-1])
+            return media.to_tensor(self._first.decode(self._first.start())).shape
 
     @cached_property
     def encoder(self) -> Encoder:

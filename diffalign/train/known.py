@@ -226,7 +226,12 @@ class Stock:
 
 def latents(job: Job, cases: Sequence[Case], pictures: Sequence[Picture]) -> Tensor:
     """The clean latents (B, ...) of pictures, at the size that the pipeline draws."""
-    height, width = job.size
+    height, width = job.drawn[-2:]
+    if len(job.drawn) == 5 and job.drawn[1] > 1:
+        raise ConfigError(
+            f"the data holds pictures, but {type(job.pipe).__name__} draws films of {job.drawn[1]} frames, which would "
+            "learn to stand still. Use an objective that draws, without data."
+        )
     pixels = torch.stack([_fitted(vision.to_tensor([picture.open()])[0], height, width) for picture in pictures])
     with torch.no_grad():
         return job.encoder.latents(pixels.to(job.device), job.driver(cases[:1])).float()

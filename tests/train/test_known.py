@@ -13,6 +13,7 @@ from PIL import Image
 from diffalign.errors import ConfigError
 from diffalign.train import known
 from diffalign.train.known import DataConfig, Stock
+from tests.train import jobs
 from tests.train.tiny_runs import CALL, files, pipeline, rows, run, settings
 
 OTHERS = "evaluation.txt"
@@ -199,3 +200,17 @@ def test_a_limit_holds_and_prompts_with_one_picture_are_left_out_beside_others(t
         assert [each.case.prompt for each in data(from_search=(str(folder),))] == ["red cube"]
     with pytest.raises(ConfigError, match=r"use data\.limit"):
         settings(tmp_path, prompts=None, data={"from_search": ["x"]}, limit=3)
+
+
+def test_pictures_are_no_data_for_a_model_of_films(tmp_path: Path) -> None:
+    entry = data(from_search=(str(search_run(tmp_path / "run")),))[0]
+    with jobs.job("wan21", "sft") as (job, _), pytest.raises(ConfigError, match="draws films of"):
+        known.latents(job, [entry.case], [entry.pictures[0]])
+
+
+@pytest.mark.parametrize("family", ["sd15_ddim", "flux"])
+def test_pictures_become_latents_that_decode_to_them(family: str, tmp_path: Path) -> None:
+    entry = data(from_search=(str(search_run(tmp_path / "run")),))[0]
+    with jobs.job(family, "sft") as (job, _):
+        found = known.latents(job, [entry.case], [entry.pictures[0]])
+        assert found.shape == job.driver([entry.case]).start().shape
