@@ -6,7 +6,9 @@ where the reward is.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -17,7 +19,7 @@ from diffalign import atomic
 from diffalign.errors import ConfigError, ModelError
 
 CARD = "reward.json"
-AGAIN = "Train it again, or give the path of its folder."
+AGAIN = "Give the path of its folder, or train it again under that name."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,15 @@ class TrainedCard:
     command: str = ""
 
     @property
+    def computation(self) -> str:
+        """What tells this reward's scores from those of another: its weights, and how they are read."""
+        read = (self.tower, self.base_version, self.instruction, self.pixels, self.doubts, self.mean, self.deviation)
+        return f"{self.weights} {hashlib.sha256(repr(read).encode()).hexdigest()[:8]}"
+
+    @property
     def meaning(self) -> str:
         told = f"trained on {self.pairs:,} pairs of {self.prompts:,} prompts, from {Path(self.base).name}"
-        if not self.accuracy:
+        if not {"mean", "lo", "hi"} <= set(self.accuracy):
             return told
         right = "{mean:.1%} [{lo:.1%}, {hi:.1%}]".format(**self.accuracy)
         return f"{told}; tells the better of two pictures on {right} of {self.heldout_pairs:,} held-out pairs"
@@ -72,14 +80,21 @@ def names() -> dict[str, Path]:
 
 def folder_of(name: str) -> Path | None:
     """The folder of a trained reward by its name or path, of the reward itself or of its training; None for others."""
+    known = names().get(name)
+    if known is not None and (known / CARD).is_file():
+        return known
     place = Path(name).expanduser()
     for folder in (place, place / "reward"):
         if (folder / CARD).is_file():
             return folder.resolve()
-    known = names().get(name)
-    if known is not None and not (known / CARD).is_file():
-        raise ModelError(f"the reward '{name}' was trained in '{known}', but there is no {CARD} any more. {AGAIN}")
-    return known
+    if known is not None:
+        raise ModelError(gone(name, known))
+    return None
+
+
+def gone(name: str, folder: Path) -> str:
+    """What to say of a name whose reward has moved."""
+    return f"the reward '{name}' was trained in '{folder}', but there is no {CARD} any more. {AGAIN}"
 
 
 def called(asked: str, folder: Path) -> str:
@@ -118,7 +133,8 @@ def read_card(folder: Path) -> TrainedCard:
         raise ModelError(f"'{file}' lacks {', '.join(lacking)}, so it is no card of a trained reward. {AGAIN}")
     card = TrainedCard(**{name: value for name, value in told.items() if name in known})
     numbers = (card.mean, card.deviation, card.temperature)
-    if not all(isinstance(n, int | float) for n in numbers) or not card.deviation > 0 or card.tower not in TOWERS:
+    sound = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+    if not sound or not min(numbers[1:]) > 0 or card.tower not in TOWERS:
         raise ModelError(
             f"'{file}' has tower '{card.tower}', mean {card.mean}, deviation {card.deviation} and temperature "
             f"{card.temperature}, which cannot be. {AGAIN}"

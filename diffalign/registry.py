@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.resources
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
@@ -159,8 +160,11 @@ def rewards() -> list[RewardInfo]:
         if name not in found:
             found[name] = _from_object(name, target)
     for name, folder in own_rewards.names().items():
-        if name not in found and (folder / own_rewards.CARD).is_file():
-            found[name] = _from_training(name, folder)
+        if name not in found:
+            try:
+                found[name] = _from_training(name, folder)
+            except ModelError as e:
+                warnings.warn(str(e), stacklevel=2)
     return [found[name] for name in sorted(found)]
 
 
@@ -265,6 +269,8 @@ def _from_object(name: str, target: Any) -> RewardInfo:
 
 
 def _from_training(name: str, folder: Path) -> RewardInfo:
+    if not (folder / own_rewards.CARD).is_file():
+        raise ModelError(own_rewards.gone(name, folder))
     card, told = own_rewards.read_card(folder), cards()["trained"]
     return replace(
         _from_card(name, told),

@@ -74,6 +74,8 @@ def _named(name: str, options: Mapping[str, Any]) -> Reward:
     folder = None if ":" in name or name in registry.reward_names() else own_rewards.folder_of(name)
     if folder is None:
         return _make(registry.find_reward(name), name, options)
+    if "model" in options:
+        raise ConfigError(f"'{name}' is a reward that was trained, so it has a model. Drop the option model.")
     made = _make(registry.find_reward("trained"), "trained", {"model": str(folder), **options})
     object.__setattr__(made, "name", own_rewards.called(name, folder))
     return made

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffalign import own_rewards, valued, weights
 from diffalign.cases import Case
 from diffalign.clip_tower import ClipTower, Dtype
-from diffalign.errors import ConfigError, ModelError
+from diffalign.errors import ConfigError, DiffalignError, ModelError
 from diffalign.judges.asking import Question
 from diffalign.judges.local import LocalJudge
 from diffalign.registry import register_reward
@@ -51,7 +51,7 @@ class Trained:
         if batch < 1:
             raise ConfigError(f"trained.batch is {batch}, but at least 1 picture is looked at.")
         self.folder, self.card = folder, own_rewards.read_card(folder)
-        self.options = {"model": str(folder), "dtype": dtype, "path": path}
+        self.options = {"dtype": dtype, "path": path}  # a folder may move
         self.base, self.dtype, self.path, self.batch, self.checkpointing = base, dtype, path, batch, checkpointing
         clip = self.card.tower == "clip"
         self.differentiable = clip and path != "reference"
@@ -66,7 +66,7 @@ class Trained:
                 f"the weights in '{self.folder}' are not those of its card ({found}, not {self.card.weights}): they "
                 "were exchanged or changed. Train it again, or restore them."
             )
-        return f"1 {found} {self.card.mean:.6g} {self.card.deviation:.6g}"
+        return f"1 {self.card.computation}"
 
     def __call__(self, media: Tensor, cases: Sequence[Case]) -> Score:
         _ = self.version
@@ -104,7 +104,13 @@ class Trained:
     def reader(self) -> LocalJudge:
         """The model it was made of, with what was learnt merged in."""
         base = self.base or self.card.base
-        version = valued.reader(base, dtype=self.dtype).version
+        try:
+            version = valued.reader(base, dtype=self.dtype).version
+        except DiffalignError as e:
+            raise ModelError(
+                f"this reward was made of '{self.card.base}', which cannot be read: {e} Give the option base: "
+                "where it is now."
+            ) from e
         if version != self.card.base_version:
             raise ModelError(
                 f"this reward was made of '{self.card.base}' as it was ({self.card.base_version}), and '{base}' is "

@@ -74,6 +74,10 @@ class Plan(Verb):
         folder = self.folder / "runs" / f"{name}-{seed}"
         base = read_config(entry.config) if entry.config else {}
         settings = merged(base, *self.over(entry), {"seed": seed, "out": str(folder)})
+        if settings.get("objective") == "reward":
+            raise ConfigError(
+                f"run '{name}' teaches a reward model, which no curve of truth is drawn for. Leave it out."
+            )
         try:
             built: Any = config.build(Train.whole(settings), settings)
         except ConfigError as e:

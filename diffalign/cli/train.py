@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from diffalign.cli.model import ModelVerb
 from diffalign.cli.verb import Opt, Verb
+from diffalign.errors import ConfigError
 
 SHOWN = {
     "reward": "reward",
@@ -60,7 +61,16 @@ class Train(ModelVerb):
 
     @classmethod
     def whole(cls, told: Mapping[str, Any]) -> type[Verb]:
-        if told.get("objective") == "reward":
+        from diffalign import config
+
+        objective = told.get("objective")
+        if isinstance(objective, str):  # as typed
+            objective = config.parse(objective, "objective")
+        if any(name.startswith("objective.reward") for name in told) or (
+            isinstance(objective, Mapping) and "reward" in objective
+        ):
+            raise ConfigError("a reward model has its settings beside the objective. Write objective: reward.")
+        if objective == "reward":
             from diffalign.cli.train_reward import with_settings
 
             return with_settings()

@@ -205,7 +205,7 @@ def _settings(verb: type[Verb], asked: dict[str, Any], words: list[str], file: s
     for name, about in positional.items():
         if name in required and name not in content:
             raise ConfigError(f"{name.upper()} is missing: {about} See --help.")
-    return config.build(verb.whole(content), content, overrides)
+    return config.build(verb.whole(content | dict(word.split("=", 1) for word in overrides)), content, overrides)
 
 
 def read_config(name: str) -> Mapping[str, Any]:

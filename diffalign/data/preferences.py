@@ -23,6 +23,7 @@ its name (test.json, test/), or from one of the folders above it.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,13 +106,18 @@ def dense(ranks: Sequence[float]) -> tuple[int, ...]:
 
 
 def prompt_key(prompt: str, *more: str) -> str:
-    """One name for a prompt, however it is spaced and capitalised, and for what else belongs to it."""
-    text = "\n".join((" ".join(prompt.casefold().split()), *more))
+    """One name for a prompt, however it is spaced, capitalised and ended, and for what else belongs to it."""
+    text = "\n".join((plain(prompt), *more))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def plain(prompt: str) -> str:
+    """A prompt without what makes no difference: forms of letters, case, spaces, the mark at its end."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split()).rstrip(" .,;!")
+
+
 def overlap(train: Iterable[str], test: Iterable[str]) -> list[str]:
-    """The prompts of `test` that `train` holds too; spaces and capitals do not count."""
+    """The prompts of `test` that `train` holds too, however they are spaced, capitalised and ended."""
     seen = {prompt_key(prompt) for prompt in train}
     return list(dict.fromkeys(prompt for prompt in test if prompt_key(prompt) in seen))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import random
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffalign.cases import Case, derived_seed
+from diffalign.data.preferences import plain
 from diffalign.errors import ConfigError
 
 
@@ -165,8 +165,8 @@ class PromptSampler:
 
 def shared_prompts(training: Sequence[Case], evaluation: Sequence[Case]) -> list[str]:
     """Training prompts that are evaluation prompts too, but for case, spaces and a full stop."""
-    known = {_plain(case.prompt) for case in evaluation}
-    return list(dict.fromkeys(case.prompt for case in training if _plain(case.prompt) in known))
+    known = {plain(case.prompt) for case in evaluation}
+    return list(dict.fromkeys(case.prompt for case in training if plain(case.prompt) in known))
 
 
 def _avoiding(order: Sequence[int], used: Sequence[int], count: int) -> list[int]:
@@ -175,7 +175,3 @@ def _avoiding(order: Sequence[int], used: Sequence[int], count: int) -> list[int
     head = [index for index in order if index not in taken][:count]
     chosen = set(head)
     return head + [index for index in order if index not in chosen]
-
-
-def _plain(prompt: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split()).rstrip(" .,;!")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -184,9 +185,28 @@ def _distinct(known: Known, *, ties: bool) -> Known:
 
 
 def content(picture: Picture) -> str:
-    """One name for what is in a picture's file."""
-    content = picture.content
-    data = content if isinstance(content, bytes) else picture.path(content).read_bytes()
+    """One name for what is in a picture's file; ConfigError where that is no picture."""
+    found = picture.content
+    try:
+        if isinstance(found, bytes):
+            return _checked(found)
+        path = picture.path(found)
+        told = path.stat()
+        return _of_file(path, told.st_size, told.st_mtime_ns)
+    except Exception as e:
+        raise ConfigError(f"{picture.where} cannot be read as a picture ({e}). Mend it, or leave the row out.") from e
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def _of_file(path: Path, size: int, changed: int) -> str:
+    return _checked(path.read_bytes())
+
+
+def _checked(data: bytes) -> str:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as file:
+        file.verify()
     return hashlib.sha256(data).hexdigest()
 
 

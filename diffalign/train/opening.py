@@ -33,7 +33,7 @@ from diffalign.train import (
 )
 from diffalign.train.embeddings import PromptCache
 from diffalign.train.job import Job
-from diffalign.train.relabelled import relabelled
+from diffalign.train.relabelled import highest, relabelled
 from diffalign.train.settings import TrainConfig
 from diffalign.zoo.fit import keep_freed_memory
 
@@ -81,6 +81,8 @@ def _job(
         raise ConfigError("the job has no reward, so there is nothing to raise. Add one, such as reward: {clip: 1.0}.")
     entries = known.read(settings.data) if settings.data.given else []
     pairs = relabelled(entries, settings.relabel, seed) if settings.relabel.enabled else entries
+    if settings.relabel.enabled:
+        say(f"prompts name scores up to {highest(pairs, settings.relabel)}: ask for that in evaluate.before")
     prompts = [each.case for each in pairs] or _cases(settings.prompts, settings.split, settings.limit)
     monitor = _monitor(settings, prompts)
     if entries and settings.evaluate.prompts is settings.evaluate.split is None:

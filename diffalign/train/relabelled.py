@@ -11,7 +11,9 @@ its own order. Pairs whose tags coincide would contradict themselves and are lef
 from __future__ import annotations
 
 import bisect
+import re
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -46,15 +48,23 @@ class RelabelConfig:
 
 
 def relabelled(entries: Sequence[Known], config: RelabelConfig, seed: int) -> list[Known]:
-    """Entries of two: the best and the worst picture of each, under both of their scores."""
-    every = sorted(score for each in entries for score in each.scores)
+    """Entries of two: the best and the worst picture of each, under both their scores; a single one under its own."""
+    worths: defaultdict[str, list[float]] = defaultdict(list)
+    for each in entries:
+        worths[_source(each)] += each.scores
+    ladders = {source: sorted(scores) for source, scores in worths.items()}
     found, alike = list[Known](), 0
     for k, known in enumerate(entries):
+        every = ladders[_source(known)]
         order = sorted(range(len(known.scores)), key=lambda j: -known.scores[j])
         best, worst = order[0], order[-1]
+        if len(order) == 1:
+            plain = _plain(config, seed, k)
+            own = known.case if plain else config.tagged(known.case, tag(known.scores[0], every, config.digits))
+            found.append(replace(known, case=own))
+            continue
         pair = replace(known, pictures=(known.pictures[best], known.pictures[worst]), scores=(1.0, 0.0))
-        draws = torch.Generator().manual_seed(derived_seed(seed, "relabel", k))
-        if float(torch.rand((), generator=draws)) < config.plain:
+        if _plain(config, seed, k):
             found.append(pair)
             continue
         tags = [tag(known.scores[j], every, config.digits) for j in (best, worst)]
@@ -68,6 +78,24 @@ def relabelled(entries: Sequence[Known], config: RelabelConfig, seed: int) -> li
     if not found:
         raise ConfigError("no pair is left whose tags differ. Give relabel.digits more, or data of more worths.")
     return found
+
+
+def _plain(config: RelabelConfig, seed: int, k: int) -> bool:
+    """Whether an entry keeps its prompt."""
+    draws = torch.Generator().manual_seed(derived_seed(seed, "relabel", k))
+    return float(torch.rand((), generator=draws)) < config.plain
+
+
+def _source(known: Known) -> str:
+    """Where an entry comes from: scores of one file compare."""
+    return str(known.pictures[0].file)
+
+
+def highest(entries: Sequence[Known], config: RelabelConfig) -> str:
+    """The best score that any prompt names, to be asked for."""
+    around = re.escape(config.template).replace(re.escape(SCORE), r"([\d.]+)").replace(re.escape(PROMPT), "(?s:.*)")
+    found = (re.fullmatch(around, each.case.prompt) for each in entries)
+    return max((match[1] for match in found if match), key=float, default="")
 
 
 def tag(score: float, every: Sequence[float], digits: int) -> str:

@@ -57,7 +57,7 @@ class EvaluateConfig:
     batch: int = 40  # images at once
     keep: int = 16  # pictures that stay in samples/step-N
     averaged: bool = True  # draw with the averaged weights, those that are saved
-    before: str = ""  # put before each prompt where it is drawn, not where it is judged: "quality 10 of 10, "
+    before: str = ""  # put before each prompt where it is drawn, not where it is judged: "quality 9.9 of 10, "
     call: dict[str, Any] = field(default_factory=dict)  # arguments of the stock call, over the model's card
     tower: str | None = (
         "auto"  # CLIP whose embeddings tell variety and whether prompts still count; auto is shapes-clip

@@ -206,7 +206,7 @@ class Steps:
 
     def _log(self, row: Mapping[str, Any], show: Show) -> None:
         cost = self.cost()
-        pace = {"images_per_second": (self.step - self.first) * self.job.config.images / self._seconds}
+        pace = {"images_per_second": (self.step - self.first) * self.job.images / self._seconds}
         if self.job.main:
             self.metrics.values.append({"step": self.step, **row})
             self.metrics.timing.append({"step": self.step, **cost, **pace})

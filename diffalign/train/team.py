@@ -80,6 +80,11 @@ class Team:
         found: torch.device = self.accelerator.device
         return found
 
+    @property
+    def images(self) -> int:
+        """Images of a step, over all processes."""
+        return int(self.config.images)
+
     def own(self, rows: Tensor) -> Tensor:
         """The rows of this process (n, ...) of those of all (N, ...), in the order of the processes."""
         share = len(rows) // self.processes

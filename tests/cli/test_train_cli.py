@@ -185,3 +185,13 @@ def test_a_reward_is_taught_named_used_and_gone_on_with(here: Path, tmp_path: Pa
     assert main(["score", "0-a.png", "--prompt", "thing 0", "--reward", "mine", "--out", "scored"]) == 0
     assert main(["train", "taste.yaml", "--out", "b", "loss.kinds=pick"]) == 2
     assert "kind" in capsys.readouterr().err
+    assert (
+        main(["train", "objective=reward", f"model={model}", "data.pairs=[pairs.jsonl]", "steps=1", "--out", "c"]) == 0
+    )
+    assert (here / "c/reward/reward.json").is_file()
+    capsys.readouterr()
+    assert main(["train", "objective={reward: {steps: 1}}", "--out", "d"]) == 2
+    assert "Write objective: reward" in capsys.readouterr().err
+    (here / "plan.yaml").write_text(yaml.safe_dump({"runs": {"taste": {"config": "taste.yaml"}}}))
+    assert main(["bench", "train", "--config", "plan.yaml", "--out", "e"]) == 2
+    assert "teaches a reward model" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffalign.errors import ConfigError
-from diffalign.train.objectives.dpo import DPOConfig, ends, opinion, pair_loss, utility_loss
+from diffalign.train.objectives.dpo import DPO, DPOConfig, RegulariseConfig, ends, opinion, pair_loss, utility_loss
 from tests.train import jobs
 
 PAIRS: dict[str, Any] = {"group_size": 3, "micro_batch": 3}
@@ -211,6 +212,27 @@ def test_equal_endings_are_plain_dpo_and_others_are_not() -> None:
     other, moved = learnt(0.5, better=", fine", worse=" red cube blue ball")
     assert float(other) != float(plain)
     assert any(not torch.equal(a, b) for a, b in zip(slopes, moved, strict=True))
+
+
+@given(st.integers(0, 300), st.floats(0, 1), st.floats(10, 3000))
+def test_the_regular_part_is_the_error_by_the_opinion_where_the_pair_is_not_told_apart(
+    seed: int, against: float, beta: float
+) -> None:
+    """L = alpha w [beta/2 r(w) e(w) + beta/2 r(l) e(l)] for a pair, whose two rows are averaged in the loss."""
+    told = DPOConfig(beta=beta, regularise=RegulariseConfig(weight=0.3, against=against))
+    chosen = DPO(told)
+    chosen.spreads = {"2": 0.7}
+    better, worse = errors(seed)
+    prediction, target, gap = draw(6, 5, seed=seed + 2), draw(6, 5, seed=seed + 3), draw(6, seed=seed + 4) / beta
+    place = SimpleNamespace(draw=1, i=2, rows=torch.arange(6), target=target)
+    micro = SimpleNamespace(contrasted={(1, 0): (better, worse)})
+    found = chosen.regular(SimpleNamespace(place=place, micro=micro, prediction=prediction), gap)  # type: ignore[arg-type]
+    for k in range(6):
+        says = 1 / (1 + math.exp(-(float(worse[k]) - float(better[k])) / 0.7)) - 0.5
+        says = says * against if says < 0 else says
+        unsure = 1 / (1 + math.exp(-beta / 2 * float(gap[k])))  # the loser is preferred to the winner
+        error = float((prediction[k] - target[k]).square().mean())
+        assert float(found[k]) / 2 == pytest.approx(0.3 * unsure * beta / 2 * says * error, rel=1e-6, abs=1e-9)
 
 
 def test_opinions_are_measured_once_and_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from diffalign.cases import Case
 from diffalign.data.pictures import Picture
 from diffalign.errors import ConfigError
+from diffalign.train import evaluate
 from diffalign.train.known import Known
-from diffalign.train.relabelled import RelabelConfig, relabelled, tag
+from diffalign.train.relabelled import RelabelConfig, highest, relabelled, tag
 from tests.train.test_known import search_run
 from tests.train.tiny_runs import run, settings
 
@@ -63,6 +65,24 @@ def test_a_share_keeps_its_plain_prompt_and_its_own_order() -> None:
     assert relabelled(entries(400), RelabelConfig(enabled=True, plain=0.25), 3) == found
 
 
+def test_a_picture_alone_has_its_own_tag_and_the_highest_is_told() -> None:
+    found = relabelled([known(1.0), known(0.0, prompt="x"), known(0.5, prompt="y")], ALL, 0)
+    assert [each.case.prompt for each in found] == [
+        "quality 8.5 of 10, red cube",
+        "quality 2.5 of 10, x",
+        "quality 5.5 of 10, y",
+    ]
+    assert all(len(each.pictures) == 1 for each in found)
+    assert highest(found, ALL) == "8.5"
+
+
+def test_scores_of_different_files_have_ladders_of_their_own() -> None:
+    other = known(-1.0, -2.0, prompt="x")
+    moved = replace(other, pictures=tuple(replace(p, file=Path("y")) for p in other.pictures))
+    found = relabelled([known(0.9, 0.1), moved], ALL, 0)
+    assert [each.case.prompt.split()[1] for each in found] == ["7.8", "3.2"] * 2
+
+
 def test_pairs_with_one_tag_are_left_out() -> None:
     with pytest.warns(UserWarning, match="1 of 2 pairs have the same tag"):
         found = relabelled(
@@ -74,7 +94,16 @@ def test_pairs_with_one_tag_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("objective", ["dpo", "sft"])
-def test_it_trains_and_evaluates_with_a_tag_that_judges_do_not_see(objective: str, tmp_path: Path) -> None:
+def test_it_trains_and_evaluates_with_a_tag_that_judges_do_not_see(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, real = set(), evaluate.Driver
+
+    def driver(pipe: Any, cases: Any, **told: Any) -> Any:
+        asked.update(case.prompt for case in cases if case.prompt.startswith("quality"))
+        return real(pipe, cases, **told)
+
+    monkeypatch.setattr(evaluate, "Driver", driver)
     folder = search_run(tmp_path / "search")
     told: dict[str, Any] = {"enabled": True, "plain": 0.0}
     (tmp_path / "other.txt").write_text("green tree\ngrey boat\n")
@@ -87,12 +116,13 @@ def test_it_trains_and_evaluates_with_a_tag_that_judges_do_not_see(objective: st
         relabel=told,
         group_size=2,
         groups=2,
-        evaluate={"prompts": str(tmp_path / "other.txt"), "before": "quality 10 of 10, ", "limit": 2},
+        evaluate={"prompts": str(tmp_path / "other.txt"), "before": "quality 10.0 of 10, ", "limit": 2},
         steps=2,
     )
     assert found["steps"] == 2
     shown = (tmp_path / "run/samples/step-2/results.jsonl").read_text()
     assert "quality" not in shown
+    assert asked == {"quality 10.0 of 10, green tree", "quality 10.0 of 10, grey boat"}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diffalign import config
 from diffalign.drive import Driver
 from diffalign.errors import ConfigError
 from diffalign.noise import Transition
@@ -21,7 +22,7 @@ from diffalign.train.objectives.rto import RTOConfig, step_gap, step_rewards
 from diffalign.train.start import train
 from tests.tiny import build
 from tests.train import jobs
-from tests.train.tiny_runs import CALL, files, settings
+from tests.train.tiny_runs import CALL, files, rows, settings
 
 DENSE = {"step_norm": "group_step", "eps": 1e-12}
 
@@ -78,7 +79,7 @@ def test_step_rewards_are_bounded_and_may_keep_the_total(seed: int, keep: bool) 
     draws = torch.Generator().manual_seed(seed)
     gaps, total = torch.randn(4, 3, generator=draws) * 5, torch.randn(4, generator=draws)
     told = RTOConfig(preferred="x", keep_total=keep, scale=0.1, limit=0.07)
-    found = step_rewards(gaps, torch.tensor([1.0, 2.0, 0.0]), total, told)
+    found = step_rewards(gaps, torch.tensor([[0.0, 1.0, 0.5], [1.0, 2.0, 0.0]]), total, told)
     own = found - torch.stack([torch.zeros(4), torch.zeros(4), total], 1)
     assert float(own.abs().max()) <= (0.14 if keep else 0.07) + 1e-6
     if keep:
@@ -115,6 +116,20 @@ def test_gaps_are_those_of_two_pipelines(tmp_path: Path) -> None:
         expected = step_gap(rollout.walk.moves[i], means[0][i].mean, means[1][i].mean, means[0][i].std)
         assert torch.allclose(gaps[:, column], expected, atol=1e-6 + 1e-3 * float(expected.abs().max()))
     assert float(gaps.abs().max()) > 0
+
+
+def test_what_is_far_from_the_base_on_average_is_not_cut_off() -> None:
+    """Of a good preference model the mean is many deviations below 0 on the base's walks, and says nothing."""
+    gaps = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) - torch.tensor([0.0, 8.0])
+    base = torch.stack([gaps.mean(0), gaps.std(0, correction=0)])
+    found = step_rewards(gaps, base, torch.zeros(400), RTOConfig(preferred="x"))
+    assert float((found.abs() >= 0.1 - 1e-6).float().mean()) < 0.06
+    assert torch.corrcoef(torch.stack([found[:, 1], gaps[:, 1]]))[0, 1] > 0.98
+
+
+def test_settings_of_credit_keep_all_that_follows() -> None:
+    told = config.build(RTOConfig, {"preferred": "x", "credit": {"weighting": "tempflow"}})
+    assert told.credit.gamma == 1
 
 
 @pytest.mark.parametrize("targets", [(), (".*",)])
@@ -160,7 +175,9 @@ def test_a_resumed_run_has_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         run("parts")
     kept = checkpoint.load(tmp_path / "parts/checkpoints/step-1").state["objective"]["spreads"]
-    assert float(kept.min()) > 0
+    assert kept.shape == (2, 3)
+    assert float(kept[1].min()) > 0
+    assert "limited" in rows(tmp_path / "whole")[-1]
     run("parts")
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
@@ -172,6 +189,7 @@ def test_a_resumed_run_has_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
         ({"preferred": "nowhere"}, "has no adapter.json"),
         ({"limit": 0.0}, "above 0"),
         ({"noise": {"window": 2, "rule": "uniform"}}, "Use fixed"),
+        ({"credit": {"gamma": 0}}, "the last step alone"),
     ],
 )
 def test_settings_without_sense_are_refused(given: dict[str, Any], says: str, tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -53,6 +54,7 @@ class Batch:
     sizes: list[int]  # pictures of each entry
     best: list[list[int]]  # the best of each entry, by their places
     entry_weights: list[float]
+    counts: list[int]  # pairs of each entry
 
     def __len__(self) -> int:
         return len(self.images)
@@ -67,8 +69,8 @@ def read(config: RewardConfig) -> Split:
         split = Split(found, _usable(known.read(other, ties=True), config))
         _require_apart(split)
     else:
-        held = [each for each in found if _place(each) < asked.share]
-        split = Split([each for each in found if _place(each) >= asked.share], held)
+        learnt = [each for each in found if _place(each) >= asked.share]
+        split = Split(learnt, _unseen([each for each in found if _place(each) < asked.share], learnt))
     split = Split(split.train, spread(split.heldout, asked.limit))
     for part, what in ((split.train, "to learn from"), (split.heldout, "held out")):
         if not any(pairs_of(each.scores, config.tie_below) for each in part):
@@ -109,12 +111,29 @@ def _require_apart(split: Split) -> None:
             f"{len(shared)} held-out prompts are trained on too, such as '{shared[0][:60]}', so the accuracy would be "
             "of what was learnt by heart. Take them out of one of the two."
         )
-    seen = {known.content(picture) for each in split.train for picture in each.pictures}
-    both = sum(known.content(picture) in seen for each in split.heldout for picture in each.pictures)
+    both = len(split.heldout) - len(_without_pictures_of(split.train, split.heldout))
     if both:
         raise ConfigError(
-            f"{both} held-out pictures are trained on too, under other prompts. Take them out of one of the two."
+            f"{both} held-out entries show pictures that are trained on too, under other prompts. Take them out of one "
+            "of the two."
         )
+
+
+def _without_pictures_of(train: Sequence[Known], heldout: Sequence[Known]) -> list[Known]:
+    seen = {known.content(picture) for each in train for picture in each.pictures}
+    return [each for each in heldout if not any(known.content(picture) in seen for picture in each.pictures)]
+
+
+def _unseen(heldout: list[Known], train: Sequence[Known]) -> list[Known]:
+    """Those that judge by pictures of their own."""
+    found = _without_pictures_of(train, heldout)
+    if len(found) < len(heldout):
+        warnings.warn(
+            f"{len(heldout) - len(found)} of {len(heldout)} held-out entries show pictures that are trained on under "
+            "other prompts; they are left out.",
+            stacklevel=3,
+        )
+    return found
 
 
 def spread(entries: Sequence[Known], limit: int | None) -> list[Known]:
@@ -138,6 +157,15 @@ def count_pairs(entries: Iterable[Known], config: RewardConfig) -> int:
     return sum(len(pairs_of(each.scores, config.tie_below, ties=config.loss.kind in TIES)) for each in entries)
 
 
+def digest(entries: Iterable[Known]) -> str:
+    """One name for all entries in their order."""
+    told = hashlib.sha256()
+    for each in entries:
+        row = [each.case.prompt, each.scores, each.confidence, [known.content(picture) for picture in each.pictures]]
+        told.update(repr(row).encode("utf-8", "surrogatepass"))
+    return told.hexdigest()[:16]
+
+
 def ranks(entry: Known, tie_below: float) -> list[int]:
     """1 is best; each picture's rank is one more than the number of those that are better."""
     return [1 + sum(b - a >= tie_below and b > a for b in entry.scores) for a in entry.scores]
@@ -154,10 +182,11 @@ class Dealer:
     def __init__(self, entries: Sequence[Known], config: RewardConfig, seed: int) -> None:
         self.entries, self.config, self.seed = list(entries), config, seed
         self._sampler = PromptSampler([each.case for each in entries], seed)
-        counts: Counter[str] = Counter()
+        self._worth: defaultdict[str, float] = defaultdict(
+            float
+        )  # what a prompt's entries come to in a step each, on average
         for each in entries:
-            counts[prompt_key(each.case.prompt)] += max(1, count_pairs([each], config))
-        self._counts = counts
+            self._worth[prompt_key(each.case.prompt)] += self._dealt(each)
 
     def of(self, step: int) -> list[tuple[Known, list[int]]]:
         """The entries of a step over all processes, with the pictures of each that are looked at."""
@@ -172,12 +201,19 @@ class Dealer:
         return found
 
     def weigh(self, entry: Known) -> float:
-        """What each pair of an entry weighs."""
-        return 1 / self._counts[prompt_key(entry.case.prompt)] if self.config.by_prompt else 1.0
+        """What each pair of an entry weighs, or the entry itself where it is one choice."""
+        return 1 / max(self._worth[prompt_key(entry.case.prompt)], 1e-9) if self.config.by_prompt else 1.0
+
+    def _dealt(self, entry: Known) -> float:
+        """How many pairs, or choices, of an entry a step sees on average."""
+        pairs, size, most = count_pairs([entry], self.config), len(entry.pictures), self.config.pictures
+        if self.config.loss.kind == "best_of_all":
+            return float(pairs > 0)
+        return pairs * min(1.0, most * (most - 1) / (size * (size - 1)))
 
     def batch(self, chosen: Sequence[tuple[Known, list[int]]], *, pixels: bool = True) -> Batch:
         """Entries with their pictures and pairs; without `pixels` only what they weigh."""
-        made = Batch([], [], [], [], [], [], [])
+        made = Batch([], [], [], [], [], [], [], [])
         listwise, ties = self.config.loss.kind == "best_of_all", self.config.loss.kind in TIES
         for entry, places in chosen:
             start, scores = sum(made.sizes), [entry.scores[k] for k in places]
@@ -188,7 +224,9 @@ class Dealer:
                 made.pairs.append(Pair(start + i, start + j, float(label if label == 0.5 else share or 0.0)))
             made.weights += [self.weigh(entry)] * len(found)
             made.sizes.append(len(places))
-            made.best.append([start + k for k, score in enumerate(scores) if score == max(scores)])
+            made.counts.append(len(found))
+            near = max(scores) - self.config.tie_below  # what is as good as the best
+            made.best.append([start + k for k, score in enumerate(scores) if score == max(scores) or score > near])
             made.entry_weights.append(self.weigh(entry) if found and listwise else 0.0)
             if pixels:
                 made.images += [vision.to_tensor([entry.pictures[k].open()])[0] for k in places]

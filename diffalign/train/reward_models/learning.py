@@ -29,6 +29,12 @@ class RewardJob(Team):
     heldout: Sequence[Known]
 
     @property
+    def images(self) -> int:
+        """Pictures of a step, on average."""
+        sizes = [min(len(each.pictures), self.config.pictures) for each in self.train]
+        return round(self.config.batch * sum(sizes) / len(sizes))
+
+    @property
     def rater(self) -> Rater:
         found: Rater = self.trained
         return found
@@ -40,7 +46,7 @@ class Part:
 
     batch: Batch
     total: float  # what the entries of the step weigh, over all processes
-    seed: int  # of what is drawn here
+    seeds: list[int]  # of what is drawn for each entry
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -60,19 +66,17 @@ class Preferences:
         total = self.dealer.total(chosen)
         parts = []
         for k in range(0, share, size):
-            first = job.rank * share + k
-            parts.append(
-                Part(self.dealer.batch(own[k : k + size]), total, derived_seed(job.seed, "draws", step, first))
-            )
+            batch = self.dealer.batch(own[k : k + size])
+            places = range(job.rank * share + k, job.rank * share + k + len(batch.sizes))
+            parts.append(Part(batch, total, [derived_seed(job.seed, "draws", step, place) for place in places]))
         return Collected(parts)
 
     def learn(self, job: RewardJob, micro: Part, share: float) -> Mapping[str, Tensor]:
         """Backward of this part's loss; figures as parts of their sums, of which processes are averaged."""
         batch, many = micro.batch, job.processes
         found = job.rater.rate(batch.images, batch.prompts)
-        job.budget.charge(reward_calls=len(batch))
-        draws = torch.Generator().manual_seed(micro.seed)
-        loss = cost(found, batch, job.config.loss, draws) / max(micro.total, 1e-12) * many
+        job.budget.charge(nfe=3 * len(batch))  # a pass and its way back
+        loss = cost(found, batch, job.config.loss, micro.seeds) / max(micro.total, 1e-12) * many
         job.backward(loss)
         gaps = (
             torch.stack([found[p.first, 0] - found[p.second, 0] for p in batch.pairs]) if batch.pairs else found[:0, 0]
@@ -89,7 +93,7 @@ class Preferences:
         """Nothing is remembered between steps."""
 
 
-def cost(found: Tensor, batch: Batch, config: LossConfig, draws: torch.Generator) -> Tensor:
+def cost(found: Tensor, batch: Batch, config: LossConfig, seeds: Sequence[int]) -> Tensor:
     """The weighted sum over the pairs, or the entries, of a batch, of ratings (n, 2) and their log deviations."""
     if config.kind == "best_of_all":
         return _of_entries(found[:, 0], batch)
@@ -105,7 +109,13 @@ def cost(found: Tensor, batch: Batch, config: LossConfig, draws: torch.Generator
         each = losses.pick(gap, label)
     elif config.kind == "uncertain":
         deviation = (found[first, 1].mul(2).exp() + found[second, 1].mul(2).exp()).sqrt()
-        normals = torch.randn(config.draws, len(batch.pairs), generator=draws).to(found)
+        normals = torch.cat(
+            [
+                torch.randn(config.draws, count, generator=torch.Generator().manual_seed(seed))
+                for count, seed in zip(batch.counts, seeds, strict=True)
+            ],
+            1,
+        ).to(found)
         each = losses.uncertain(gap, deviation, label, normals)
     else:
         each = losses.bradley_terry(gap, label, config.margin)

@@ -10,11 +10,12 @@ import torch
 
 from diffalign import vision
 from diffalign.data import accuracy
+from diffalign.errors import ConfigError
 from diffalign.train.reward_models import comparisons
 from diffalign.train.reward_models.learning import Preferences, RewardJob
 from diffalign.train.steps import Steps
 
-MOST = 1e3  # temperature beyond which scores tell nothing, and its inverse below which they tell all
+MOST = 1e3  # leads, on average, beyond which a temperature is not sought
 
 
 class RewardLoop(Steps):
@@ -25,6 +26,8 @@ class RewardLoop(Steps):
     def __init__(self, job: RewardJob, *, track: Callable[[dict[str, float], int], None]) -> None:
         super().__init__(job, Preferences(job), track=track)
         self.history: list[tuple[int, float]] = []  # steps with their losses on held-out prompts
+        self.gone: set[int] = set()  # steps before a resumption whose weights are not here
+        self.data = comparisons.digest([*job.train, *job.heldout])
 
     def look(self) -> dict[str, Any]:
         """Accuracy and loss on held-out prompts; ends the run where they have not fallen for long."""
@@ -41,13 +44,20 @@ class RewardLoop(Steps):
     @property
     def best(self) -> int | None:
         """The step with the lowest loss on held-out prompts, the first of equals."""
-        return min(self.history, key=lambda each: (each[1], each[0]))[0] if self.history else None
+        known = [each for each in self.history if each[0] not in self.gone]
+        return min(known, key=lambda each: (each[1], each[0]))[0] if known else None
 
     def more(self) -> dict[str, Any]:
-        return {"history": [list(each) for each in self.history]}
+        return {"history": [list(each) for each in self.history], "data": self.data}
 
     def restore_more(self, state: Mapping[str, Any]) -> None:
-        self.history = [(int(step), float(loss)) for step, loss in state["history"] if self.kept(int(step))]
+        if state["data"] != self.data and not self.job.config.force:
+            raise ConfigError(
+                "the data is not what this run began with, so its losses on held-out prompts would not compare. Put it "
+                "back, choose another --out, or pass --force."
+            )
+        self.history = [(int(step), float(loss)) for step, loss in state["history"]]
+        self.gone = {step for step, _ in self.history if not self.kept(step)}
 
     def end(self) -> None:
         """Take the best weights, where the last are not."""
@@ -69,7 +79,7 @@ def ratings(job: RewardJob) -> list[list[float]]:
     for start in range(0, len(waiting), size):
         some = waiting[start : start + size]
         images = [vision.to_tensor([picture.open()])[0] for picture, _ in some]
-        job.budget.charge(reward_calls=len(some))
+        job.budget.charge(nfe=len(some))
         flat += job.rater.rate(images, [prompt for _, prompt in some])[:, 0].float().cpu().tolist()
     place, own = 0, []
     for k in mine:
@@ -122,12 +132,22 @@ def loss_of(leads: Sequence[float], temperature: float = 1.0) -> float:
 
 def temperature(leads: Sequence[float]) -> float:
     """What ratings are divided by for their sigmoids to be the best chances: the loss's minimum, by golden section."""
+    unit = math.sqrt(sum(lead**2 for lead in leads) / max(len(leads), 1))
+    if not unit:
+        return 1.0  # nothing is told apart
+    some = [lead / unit for lead in leads]
+
+    def loss(log: float) -> float:
+        heat = math.exp(log)
+        unsure = (loss_of([1.0], heat) + loss_of([-1.0], heat)) / 2  # one more pair that went either way
+        return len(some) * loss_of(some, heat) + unsure
+
     low, high = -math.log(MOST), math.log(MOST)
     inverse = (math.sqrt(5) - 1) / 2
     for _ in range(60):
         a, b = high - inverse * (high - low), low + inverse * (high - low)
-        if loss_of(leads, math.exp(a)) <= loss_of(leads, math.exp(b)):
+        if loss(a) <= loss(b):
             high = b
         else:
             low = a
-    return math.exp((low + high) / 2)
+    return unit * math.exp((low + high) / 2)

@@ -10,10 +10,10 @@ from diffalign import own_rewards
 from diffalign.errors import ConfigError
 from diffalign.train.known import DataConfig
 from diffalign.train.settings import OptimConfig, Precision
+from diffalign.valued import HOLE
 
 Loss = Literal["bradley_terry", "ties", "uncertain", "pick", "best_of_all"]
 INSTRUCTION = "How well does this picture show the following, and how good does it look?\n{prompt}"
-HOLE = "{prompt}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,15 @@ class LossConfig:
             )
         if self.soft and self.kind in ("ties", "best_of_all"):
             raise ConfigError(f"loss.soft is set, but '{self.kind}' takes no shares. Use bradley_terry, say.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptim(OptimConfig):
+    """AdamW, slow and warmed up, as weights that know something want it."""
+
+    learning_rate: float = 1e-5
+    warmup: int = 20
+    decay: Literal["constant", "cosine"] = "cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +93,7 @@ class RewardConfig:
     micro_batch: int = 32  # entries at once
     pictures: int = 4  # of an entry in a step at most; others are drawn the next time
     patience: int = 5  # looks without a lower loss on held-out prompts after which it ends
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-5, warmup=20, decay="cosine"))
+    optim: RewardOptim = field(default_factory=RewardOptim)
     ema: float = 0.0  # share of the average kept; 0 looks at and saves the raw weights
     ema_every: int = 1
     precision: Precision = "no"

@@ -14,7 +14,7 @@ import torch
 from diffalign import atomic, config, own_rewards, registry, weights
 from diffalign.budget import Budget
 from diffalign.data.preferences import prompt_key
-from diffalign.errors import ConfigError
+from diffalign.errors import ConfigError, OutputError
 from diffalign.judges.secrets import without_secrets
 from diffalign.own_rewards import TrainedCard
 from diffalign.train import checkpoint, opening, processes, run_folder, sharding, tracking
@@ -26,6 +26,7 @@ from diffalign.train.reward_models.looking import RewardLoop, judge
 from diffalign.train.reward_models.settings import RewardConfig
 from diffalign.zoo.fit import keep_freed_memory
 
+TRIES = 20  # steps until one has something to learn
 Show = Callable[[int, Mapping[str, Any]], None]
 
 
@@ -69,9 +70,16 @@ def train_reward(
 
 
 def require_free(name: str | None, out: Path) -> None:
-    """Refuse a name that stands for another reward."""
+    """Refuse a name that stands for another reward, and places that cannot be written, before anything is learnt."""
+    folder = out / "reward"
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / own_rewards.CARD).is_file():
+        raise OutputError(f"'{folder}' holds other files, and the result would replace them. Choose another --out.")
     if name is None:
         return
+    try:
+        atomic.require_folder(own_rewards.home())
+    except OutputError as e:
+        raise OutputError(f"names of rewards cannot be kept: {e} Set DIFFALIGN_REWARDS, or leave out name.") from e
     if name in registry.reward_names() and name not in own_rewards.names():
         raise ConfigError(f"'{name}' is the name of a reward that is there already. Choose another name.")
     taken = own_rewards.names().get(name)
@@ -127,10 +135,14 @@ def prompts(entries: Any) -> int:
 
 def _tried(job: RewardJob) -> dict[str, float]:
     """What a step costs, and whether a gradient reaches the weights; nothing is learnt by it."""
-    teaches, start = Preferences(job), time.perf_counter()
-    for part in teaches.collect(job, 0).micros:
-        teaches.learn(job, part, 1.0)
-    seconds = time.perf_counter() - start
+    teaches = Preferences(job)
+    for step in range(TRIES):  # where most pictures are ties a step may have nothing to learn
+        start, parts = time.perf_counter(), teaches.collect(job, step).micros
+        for part in parts:
+            teaches.learn(job, part, 1.0)
+        seconds = time.perf_counter() - start
+        if parts and parts[0].total:
+            break
     found = job.trained.parameters()
     reached = sum(p.grad is not None and bool(whole(p.grad).any()) for p in found) / len(found)
     for parameter in found:
@@ -193,7 +205,7 @@ def _save(job: RewardJob, folder: Path, told: Mapping[str, float], command: str)
         card = TrainedCard(
             name=config.name or "",
             tower=config.tower,
-            base=config.model,
+            base=_place(config.model),
             base_version=job.rater.version,
             weights=weights.digest_of_tensors(part),
             mean=told["rating_mean"],
@@ -211,6 +223,12 @@ def _save(job: RewardJob, folder: Path, told: Mapping[str, float], command: str)
             command=command,
         )
         own_rewards.write_card(part, card)
+
+
+def _place(model: str) -> str:
+    """A model as it will be found from elsewhere."""
+    here = Path(model).expanduser()
+    return str(here.resolve()) if here.is_dir() else model
 
 
 def figures(row: Mapping[str, Any]) -> dict[str, Any]:
