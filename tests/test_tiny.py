@@ -9,9 +9,18 @@ from torch import Tensor
 
 from tests import tiny
 
-WORKING = [name for name, family in tiny.FAMILIES.items() if not family.broken]
-BATCHED = [name for name in WORKING if tiny.FAMILIES[name].batch]
-SHOWN = [name for name in WORKING if {"image", "control_image"} & tiny.call(name).keys()]
+CORE = ("sd15", "sdxl", "sdxl_img2img", "sd3", "flux", "flux_kontext", "wan21", "wan_image2video")  # others: -m slow
+ALL = [name for name, family in tiny.FAMILIES.items() if not family.broken]
+
+
+def some(names: list[str]) -> list[Any]:
+    """Families, of which all but a few run with the slow tests: what uses them tries them too."""
+    return [name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+WORKING = some(ALL)
+BATCHED = some([name for name in ALL if tiny.FAMILIES[name].batch])
+SHOWN = some([name for name in ALL if {"image", "control_image"} & tiny.call(name).keys()])
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +74,9 @@ def test_another_picture_makes_other_media(name: str) -> None:
     assert (run(name, pipe, **change) - run(name, pipe)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", [name for name in BATCHED if tiny.FAMILIES[name].stray_noise])
+@pytest.mark.parametrize(
+    "name", [name for name in ALL if tiny.FAMILIES[name].batch and tiny.FAMILIES[name].stray_noise]
+)
 def test_a_family_said_to_draw_stray_noise_does(name: str) -> None:
     pipe = tiny.build(name)
     first, second = (

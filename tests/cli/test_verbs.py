@@ -80,7 +80,7 @@ def test_bench_seam_gives_two_ratios(here: Path):
     "argv",
     [
         ["ls", "rewards"],
-        ["generate", "-p", "one", "-r", "brightness"],
+        pytest.param(["generate", "-p", "one", "-r", "brightness"], marks=pytest.mark.slow),
         pytest.param(["check"], marks=pytest.mark.slow),
         ["bench", "seam", "--dry-run"],
     ],
@@ -96,6 +96,7 @@ def test_a_real_process_ends_well_and_says_nothing_on_stderr(argv: list[str], ti
     assert done.stdout
 
 
+@pytest.mark.slow
 def test_score_in_a_real_process(tmp_path: Path):
     from PIL import Image
 

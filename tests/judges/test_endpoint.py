@@ -55,6 +55,7 @@ DECISIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_greedy_replies_are_those_of_the_model_in_this_process(server: Server) -> None:
     asked = judge(server)
     assert isinstance(asked, Backend)

@@ -55,7 +55,7 @@ def test_every_protocol_for_pictures_reads_its_replies_and_agrees_with_the_truth
     assert spearman(*zip(*sound, strict=True)) > 0.2
 
 
-@pytest.mark.parametrize("name", ["editscore", "edit_r1"])
+@pytest.mark.parametrize("name", ["editscore", pytest.param("edit_r1", marks=pytest.mark.slow)])
 def test_both_edit_protocols_read_their_replies_and_agree_with_the_truth(name: str) -> None:
     tried = attempts(25, 7)
     found = rated(name, torch.stack([one.media for one in tried]), [one.case for one in tried])

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffalign import weights
 from diffalign.cases import Case
+from diffalign.own_rewards import TrainedCard, write_card
 
 SIDE = 32
 OPEN_CLIP = {
@@ -132,3 +134,12 @@ def spec(name: str, places: dict[str, Path], **options: Any) -> dict[str, Any]:
         "hpsv2": {"model": str(places["hps"]), "architecture": TINY_H},
     }[name]
     return {name: {**own, **options}}
+
+
+def trained_folder(folder: Path) -> Path:
+    """A reward as a training leaves it."""
+    open_clip_folder(folder / "clip")
+    told = {"base_version": "none", "weights": weights.digest_of_tensors(folder), "mean": 1.0, "deviation": 2.0}
+    card = TrainedCard(name="taste", tower="clip", base="none", temperature=1.0, loss="pick", **told)  # type: ignore[arg-type]
+    write_card(folder, card)
+    return folder

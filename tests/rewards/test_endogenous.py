@@ -28,6 +28,7 @@ SMALL: dict[type, dict[str, Any]] = {
 REWARDS = list(SMALL)
 PROMPTS = ["red cube", "blue ball", "green tree"]
 FAMILY_NAMES = ["sd15", "sdxl", "sd3", "flux", "chroma", "pixart_sigma", "sana", "qwen_image", "aura_flow", "lumina2"]
+USUAL = ("sd15", "sd3", "flux", "sana_sprint")  # the others: -m slow
 FAMILY_NAMES += ["z_image", "hunyuan_dit", "latent_consistency", "sana_sprint"]
 
 
@@ -51,7 +52,7 @@ def cases_of(*prompts: str) -> list[Case]:
 
 @pytest.mark.filterwarnings("ignore:.*inside its model")
 @pytest.mark.parametrize("kind", REWARDS)
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in FAMILY_NAMES])
 def test_every_family_is_scored_alike_in_a_batch_alone_and_in_small_chunks(name: str, kind: type) -> None:
     reward, media = reward_of(kind, name), media_of(3, side_of(name))
     found = score(reward, media, cases_of()).total

@@ -97,12 +97,19 @@ def pack(
             },
             "mixture": {"mixture": {"rewards": {"brightness": 1.0, "colourfulness": 0.01}, "stages": ["sum"]}},
             "likelihood_ratio": {"likelihood_ratio": {"micro_batch": 4}},
+            "trained": {"trained": {"model": str(clips.trained_folder(place / "trained"))}},
         }
         yield {name: make_reward(spec) for name, spec in told.items()}
 
 
-SPEED_ONLY = {"micro_batch", "checkpointing", "workers", "log"}  # they change no score
-ELSEWHERE = {("layout", "step"), ("ocr", "engine"), ("partial", "dominance")}  # in the stage, the version, the weights
+SPEED_ONLY = {"micro_batch", "batch", "checkpointing", "workers", "log"}  # they change no score
+ELSEWHERE = {
+    ("layout", "step"),
+    ("ocr", "engine"),
+    ("partial", "dominance"),
+    ("trained", "model"),
+    ("trained", "base"),
+}  # in the stage, the version, the weights
 PARTS = {"rewards", "inner", "monitor", "rule", "model", "terms", "routes", "default", "similarity", "table"}
 
 

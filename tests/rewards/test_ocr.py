@@ -259,8 +259,8 @@ def agreement(seeds: range) -> tuple[int, list[tuple[str, str]]]:
 
 @tesseract
 def test_clean_renderings_are_read_as_they_were_written() -> None:
-    right, wrong = agreement(range(1000, 1100))
-    assert right >= 98, wrong
+    right, wrong = agreement(range(1000, 1040))
+    assert right >= 39, wrong
 
 
 @pytest.mark.slow

@@ -129,6 +129,7 @@ def test_the_matrix_is_every_picture_against_every_text(reward: VQAScore) -> Non
         reward.matrix(media, [])
 
 
+@pytest.mark.slow
 def test_hostile_prompts_are_text_and_do_not_touch_their_neighbours(reward: VQAScore) -> None:
     media = media_of(1).expand(len(HOSTILE) + 1, -1, -1, -1)
     found = rated(reward, media, [*HOSTILE, "a"]).total

@@ -154,6 +154,7 @@ def test_every_setting_of_the_loop_ends_with_finite_numbers(tmp_path: Path, chan
     assert not [name for name, value in last.items() if value is None]
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_learns_the_same(tmp_path: Path):
     run(tmp_path, "kept")
     run(tmp_path, "again", gradient_checkpointing=True)

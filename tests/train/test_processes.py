@@ -155,10 +155,10 @@ def lost(moment: str, victim: int, folder: Path, **asked: Any) -> tuple[float, P
     ("moment", "victim"),
     [
         ("sampling", 1),
-        ("learning", 0),
+        pytest.param("learning", 0, marks=pytest.mark.slow),
         ("sharing gradients", 1),
-        ("evaluating", 0),
-        ("writing a checkpoint", 0),
+        pytest.param("evaluating", 0, marks=pytest.mark.slow),
+        pytest.param("writing a checkpoint", 0, marks=pytest.mark.slow),
         ("writing a checkpoint", 1),
     ],
 )

@@ -50,6 +50,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 WITHOUT_RATIO = ("crd", "nft", "visurf", "sft", "direct", "dpo", "kto", "t_reg")
 REPEATED = (
+    "tree_grpo",
     "nft",
     "sft",
     "direct",

@@ -163,7 +163,7 @@ def test_damage_to_something_else_never_raises_the_quality(seed: int, data: st.D
         before = after if not unknown else before
 
 
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_pixels_and_scenes_give_the_same_verdict_on_clean_renderings(size: int) -> None:
     rng, same = random.Random(7), 0
     for number in range(300):
