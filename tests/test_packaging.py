@@ -65,6 +65,7 @@ def test_the_wheel_has_one_top_level_package_and_the_licence(wheel: Path) -> Non
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_the_sdist_builds_the_same_wheel(wheel: Path, tree: Path, tmp_path: Path) -> None:
     with tarfile.open(built(tree, "sdist", tmp_path / "sdist")) as archive:
         archive.extractall(tmp_path, filter="data")

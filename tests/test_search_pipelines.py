@@ -162,7 +162,7 @@ def test_everything_is_put_back_also_when_the_reward_raises(name: str):
     assert np.array_equal(stock, pixels(made(**call("sd3", 1), generator=seeded())))
 
 
-@pytest.mark.parametrize("times", [1, 3, 7])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(7, marks=pytest.mark.slow)])
 def test_no_budget_is_ever_exceeded(name: str, times: int):
     pipe = build("sd3")
     limit = times * plain_nfe(pipe, call("sd3", 1)) + 1
@@ -173,7 +173,14 @@ def test_no_budget_is_ever_exceeded(name: str, times: int):
     assert 0 < report.budget["nfe"] <= limit
 
 
-@pytest.mark.parametrize("limit", [Limits(decodes=5), Limits(reward_calls=6), Limits(decodes=9, nfe=90)])
+@pytest.mark.parametrize(
+    "limit",
+    [
+        Limits(decodes=5),
+        Limits(reward_calls=6),
+        pytest.param(Limits(decodes=9, nfe=90), marks=pytest.mark.slow),
+    ],
+)
 def test_decodes_and_reward_calls_are_limits_too(name: str, limit: Limits):
     try:
         spent = run(name, "sd3", budget=limit).report.budget

@@ -113,13 +113,15 @@ def _show_missing(listed: Rows) -> None:
 
 def _own_words(name: str) -> dict[str, Any]:
     """Options with their defaults, and the docstring; empty where a reward needs what is not installed."""
-    from diffalign import registry
+    from diffalign import own_rewards, registry
 
     try:
         target = registry.find_reward(name)
     except ImportError:
         return {"options": [], "about": ""}
-    told = {"options": _options(target), "about": inspect.getdoc(target) or ""}
+    own = {"model"} if name in own_rewards.names() else set()  # the name stands for it
+    options = [option for option in _options(target) if option["name"] not in own]
+    told = {"options": options, "about": inspect.getdoc(target) or ""}
     return told | ({"reads_prompt": True} if getattr(target, "reads_prompt", False) else {})
 
 

@@ -177,6 +177,8 @@ def test_a_reward_is_taught_named_used_and_gone_on_with(here: Path, tmp_path: Pa
     assert "step 2: held out" in capsys.readouterr().err
     assert main(["train", "a/config.yaml", "--steps", "4"]) == 0
     assert "resumed at step 3" in capsys.readouterr().err
+    assert main(["ls", "rewards", "mine"]) == 0
+    assert " needed " not in capsys.readouterr().out
     for words in (["mine"], []):
         assert main(["ls", "rewards", *words]) == 0
         shown = capsys.readouterr().out

@@ -135,7 +135,9 @@ def test_its_batches_come_out_even(name: str) -> None:
         assert job.micro_batch % job.group_size == 0
 
 
-@each
+@pytest.mark.parametrize(
+    "name", [name if not name.endswith("_80gb") else pytest.param(name, marks=pytest.mark.slow) for name in TUNED]
+)
 def test_its_settings_pass_the_preflight_of_a_tiny_pipeline_of_its_class(name: str, tmp_path: Path) -> None:
     found, _ = tiny(name, tmp_path, dry_run=True)
     objective = told(name).objective_name

@@ -43,7 +43,9 @@ def by_parent(layer: Any) -> Tensor:
     return layer.advantages.view(len(layer.x), -1)
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd15_ddim", "flux", "wan21"])
+@pytest.mark.parametrize(
+    "family", ["sd3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd15_ddim", "flux", "wan21"))]
+)
 @pytest.mark.parametrize("low", [0, 1])
 def test_trees_of_one_branch_with_fused_advantages_are_flow_grpo(family: str, low: int) -> None:
     told = {"noise": {"window": 2, "rule": "fixed", "low": low}}
