@@ -1,9 +1,9 @@
 """Couplings of two clouds of tokens by entropic optimal transport: balanced, unbalanced, partial; batched and ragged.
 
 Papers: Cuturi 2013 (Sinkhorn), Chizat et al. 2018 (unbalanced: marginals are held softly), Benamou et al. 2015
-(partial: a given mass moves), Olkin and Pukelsheim 1982 for the map of Gaussians; "PISCES: Annotation-free Text-to-Video
-Post-Training via Optimal Transport-Aligned Rewards", 2026 (arXiv 2602.01624) for the cost of tokens with time and
-place, and for what a coupling does to an attention.
+(partial: a given mass moves), Olkin and Pukelsheim 1982 (the map of Gaussians); "PISCES: Annotation-free
+Text-to-Video Post-Training via Optimal Transport-Aligned Rewards", 2026 (arXiv 2602.01624) for the cost of tokens with
+time and place, and for what a coupling does to an attention.
 
 Where we differ: POT, which the tests hold this to, has no batched unbalanced or partial solver and no ragged batches,
 so the iterations are here, in the log domain. The printed update of PISCES puts the exponent on one term alone and has
