@@ -28,6 +28,7 @@ LAYERS = [  # each may import itself and what stands before it
         "noise",
         "budget",
         "transport",
+        "transport_map",
         "judges",
         "clip_tower",
         "clip_t5_tower",
