@@ -25,7 +25,7 @@ class Carried:
         self.trained, self.name = trained, name
         modules = trained.denoisers.values()
         before = {module: lora.state_of(module) for module in modules}
-        flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+        flags = {p: p.requires_grad for module in modules for p in module.parameters()}
         for module, told in before.items():
             trained.when_detached(partial(lora.remove, module, name, told))
         adapter_files.load(trained.pipe, folder, name)
@@ -40,12 +40,8 @@ class Carried:
             for layer in lora.layers_of(module):
                 if layer not in known:
                     layer.set_adapter([])
-                for parameter in layer.lora_A[name].parameters() if name in layer.lora_A else ():
-                    parameter.requires_grad_(False)
-                for parameter in layer.lora_B[name].parameters() if name in layer.lora_B else ():
-                    parameter.requires_grad_(False)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            for parameter in module.parameters():
+                parameter.requires_grad_(flags.get(parameter, False))
 
     @contextmanager
     def instead(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from diffalign.errors import SeamError
 from diffalign.noise import Kernel, Transition
 from diffalign.train import credit, rehearsal
 from diffalign.train.advantage import Advantages
-from diffalign.train.groups import Grouped
+from diffalign.train.groups import Grouped, in_turn
 from diffalign.train.job import Job
 from diffalign.train.objective import Collected
 from diffalign.train.rehearsal import Rehearsal
@@ -162,11 +162,9 @@ class PolicyGradient(Grouped):
 
     def deal(self, job: Job, rollouts: Sequence[Rollout], found: Advantages) -> None:
         """Give every rollout its rows of the advantages, one for each trained step."""
-        first = job.rank * sum(len(rollout.cases) for rollout in rollouts)
-        weight = self.weight(job, found)
-        for rollout in rollouts:
-            rows, steps = slice(first, first + len(rollout.cases)), len(rollout.trained)
-            values = found.values[rows]
+        own, weight = job.own(found.values), self.weight(job, found)
+        for rollout, rows in in_turn(rollouts):
+            values, steps = own[rows], len(rollout.trained)
             values = values[:, None].expand(-1, steps) if values.ndim == 1 else values
             if self.config.credit.similarity == "coca":
                 told = self.config.credit
@@ -175,7 +173,6 @@ class PolicyGradient(Grouped):
             rollout.advantages = values.contiguous()
             rollout.weight = weight
             rollout.walk.predictions = []
-            first += len(rollout.cases)
 
     # learning
 

@@ -59,6 +59,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    def places(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """First, second and label (P,) of all pairs, beside ratings `like`."""
+        first = torch.tensor([pair.first for pair in self.pairs], dtype=torch.long, device=like.device)
+        second = torch.tensor([pair.second for pair in self.pairs], dtype=torch.long, device=like.device)
+        return first, second, torch.tensor([pair.label for pair in self.pairs]).to(like)
+
 
 def read(config: RewardConfig) -> Split:
     """The data of a job in two parts, each of which is told something by."""

@@ -78,12 +78,9 @@ class Preferences:
         job.budget.charge(nfe=3 * len(batch))  # a pass and its way back
         loss = cost(found, batch, job.config.loss, micro.seeds) / max(micro.total, 1e-12) * many
         job.backward(loss)
-        gaps = (
-            torch.stack([found[p.first, 0] - found[p.second, 0] for p in batch.pairs]) if batch.pairs else found[:0, 0]
-        )
-        sides = torch.tensor([pair.label - 0.5 for pair in batch.pairs]).to(gaps)
-        told = (sides != 0).sum()
-        right = ((gaps * sides) > 0).sum() / told.clamp(min=1)
+        first, second, label = batch.places(found)
+        sides = (found[first, 0] - found[second, 0]) * (label - 0.5)
+        right = (sides > 0).sum() / (label != 0.5).sum().clamp(min=1)
         return {"loss": loss.detach().float().cpu(), "right": right.float().cpu() * share}
 
     def state(self) -> dict[str, Any]:
@@ -99,9 +96,7 @@ def cost(found: Tensor, batch: Batch, config: LossConfig, seeds: Sequence[int]) 
         return _of_entries(found[:, 0], batch)
     if not batch.pairs:
         return found.sum() * 0
-    first = torch.tensor([pair.first for pair in batch.pairs], device=found.device)
-    second = torch.tensor([pair.second for pair in batch.pairs], device=found.device)
-    label = torch.tensor([pair.label for pair in batch.pairs]).to(found)
+    first, second, label = batch.places(found)
     gap = found[first, 0] - found[second, 0]
     if config.kind == "ties":
         each = losses.with_ties(gap, label, config.k)

@@ -17,6 +17,7 @@ from diffalign import atomic, clip_tower, valued
 from diffalign.errors import ConfigError
 from diffalign.judges.asking import Question
 from diffalign.train.ema import check_names
+from diffalign.train.precision import DTYPES
 from diffalign.train.reward_models.settings import RewardConfig
 
 BLOCKS = ("resblocks", "layers", "blocks", "layer")  # what lists of equal layers are called
@@ -97,7 +98,7 @@ class ClipRater(Open):
         """A folder that any program for such models reads, and what tells doubts beside it."""
         place = folder / "clip"
         place.mkdir(parents=True)
-        save_clip(self.module, self.source, self.encoders, place)
+        save_clip(self.module, self.source, place)
         if self.doubt is not None:
             save_tensors(self.doubt.state_dict(), folder / valued.HEAD)
 
@@ -167,12 +168,12 @@ def freeze(module: nn.Module, share: float) -> None:
 
 @contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    with torch.autocast(device.type, kinds.get(precision, torch.bfloat16), enabled=precision != "no"):
+    dtype = DTYPES.get(precision)
+    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         yield
 
 
-def save_clip(module: nn.Module, source: clip_tower.Source, encoders: Any, place: Path) -> None:
+def save_clip(module: nn.Module, source: clip_tower.Source, place: Path) -> None:
     """The model with its settings and tokenizer, in the layout of its own library."""
     home = Path(source.name.removeprefix("local-dir:"))
     if source.library == "transformers":

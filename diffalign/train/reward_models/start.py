@@ -22,7 +22,7 @@ from diffalign.train.adapter_files import whole_folder
 from diffalign.train.ema import whole
 from diffalign.train.reward_models import comparisons, curves, raters
 from diffalign.train.reward_models.learning import Preferences, RewardJob
-from diffalign.train.reward_models.looking import RewardLoop, judge
+from diffalign.train.reward_models.looking import RewardLoop
 from diffalign.train.reward_models.settings import RewardConfig
 from diffalign.zoo.fit import keep_freed_memory
 
@@ -164,15 +164,15 @@ def _finish(loop: RewardLoop, command: str) -> dict[str, Any]:
     """Save the reward with its card, the curves and the summary, and give it its name."""
     job = loop.job
     folder = job.folder / "reward"
+    rows = job.from_main(loop.metrics.values.rows() if job.main else None)
+    judged = [row for row in rows if row.get("accuracy") is not None]
+    told = next(row for row in judged if row["step"] == loop.chosen)  # what is kept has been looked at
     with loop.averaged():
-        told = judge(job)
         if job.main:
             _save(job, folder, told, command)
-    rows = loop.metrics.values.rows() if job.main else []
-    judged = [row for row in rows if row.get("accuracy") is not None]
     name = job.config.name or str(folder)
     found = {
-        "before": figures(judged[0]) if judged else {},
+        "before": figures(judged[0]),
         "after": figures(told),
         "steps": loop.step,
         "seconds": loop.cost()["seconds"],
